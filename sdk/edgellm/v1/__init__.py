@@ -1,0 +1,1 @@
+"""Messages and stubs generated from proto/edgellm/v1 by `make proto`."""
