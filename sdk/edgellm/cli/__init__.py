@@ -1,0 +1,1 @@
+"""The command line: one program, to which every package adds its commands."""

@@ -1,0 +1,40 @@
+"""Talks to a device: `Client` and its twin `AsyncClient` have the same methods over the same values.
+
+with Client("unix:///run/edgellm/agent.sock") as client:
+    for chunk in client.generate("Once upon a time"):
+        print(chunk.text, end="", flush=True)
+"""
+
+from edgellm.client._async import AsyncClient, AsyncGeneration
+from edgellm.client._model import (
+    ActivationStep,
+    Chunk,
+    Completion,
+    DeviceInfo,
+    EngineInfo,
+    Message,
+    ModelInfo,
+    PushProgress,
+    PushResult,
+    RuntimeInfo,
+    Sampling,
+)
+from edgellm.client._sync import Client, Generation
+
+__all__ = [
+    "ActivationStep",
+    "AsyncClient",
+    "AsyncGeneration",
+    "Chunk",
+    "Client",
+    "Completion",
+    "DeviceInfo",
+    "EngineInfo",
+    "Generation",
+    "Message",
+    "ModelInfo",
+    "PushProgress",
+    "PushResult",
+    "RuntimeInfo",
+    "Sampling",
+]

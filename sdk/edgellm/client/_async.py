@@ -1,0 +1,248 @@
+"""The client for asyncio: the same methods as `Client`, awaited."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, TypeVar, cast
+
+import grpc.aio
+
+from edgellm.bundle.config import EngineConfig
+from edgellm.bundle.layout import Bundle
+from edgellm.client import _model as model_
+from edgellm.client._errors import translated
+from edgellm.client._model import (
+    ActivationStep,
+    Chunk,
+    Completion,
+    DeviceInfo,
+    EngineInfo,
+    ModelInfo,
+    PushResult,
+)
+from edgellm.client._push import OnPushProgress, Push, Upload
+from edgellm.client._sync import CHANNEL_OPTIONS
+from edgellm.devices import DeviceBook
+from edgellm.errors import RemoteError
+from edgellm.memory import MemoryPlan
+from edgellm.v1 import device_pb2, engines_pb2, inference_pb2
+from edgellm.v1.device_pb2_grpc import DeviceServiceStub
+from edgellm.v1.engines_pb2_grpc import EngineServiceStub
+from edgellm.v1.inference_pb2_grpc import InferenceServiceStub
+from edgellm.v1.telemetry_pb2 import Telemetry
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from edgellm.v1.device_pb2_grpc import DeviceServiceAsyncStub
+    from edgellm.v1.engines_pb2_grpc import EngineServiceAsyncStub
+    from edgellm.v1.inference_pb2_grpc import InferenceServiceAsyncStub
+
+_Request = TypeVar("_Request")
+_Response = TypeVar("_Response")
+
+_PARALLEL_UPLOADS = 4
+
+
+class AsyncClient:
+    """Talks to one device from a running event loop; close it, or use it as an async context manager.
+
+    Every method raises DeviceUnreachableError if nothing answers, and RemoteError if the device refuses or
+    the deadline passes. `Client` documents the arguments.
+
+    Args:
+        target: `unix:///run/edgellm/agent.sock` or `host:port`.
+        timeout_s: Deadline of each call that has none of its own.
+    """
+
+    def __init__(self, target: str, *, timeout_s: float = 30.0) -> None:
+        self.target = target
+        self.timeout_s = timeout_s
+        self._channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
+        self._device = cast("DeviceServiceAsyncStub", DeviceServiceStub(self._channel))
+        self._engines = cast("EngineServiceAsyncStub", EngineServiceStub(self._channel))
+        self._inference = cast("InferenceServiceAsyncStub", InferenceServiceStub(self._channel))
+
+    @classmethod
+    def for_device(cls, name: str, *, timeout_s: float = 30.0) -> Self:
+        """A client for a device in `devices.toml`; raises UnknownDeviceError."""
+        return cls(DeviceBook().find(name).target, timeout_s=timeout_s)
+
+    async def __aenter__(self) -> Self:
+        """Returns the client itself."""
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Closes the client."""
+        await self.close()
+
+    async def close(self) -> None:
+        """Ends the connection and what still runs on it."""
+        await self._channel.close()
+
+    async def info(self) -> DeviceInfo:
+        """What the device is and has."""
+        return DeviceInfo.from_proto(await self._call(self._device.GetInfo, device_pb2.GetInfoRequest()))
+
+    async def memory_plan(self, config: EngineConfig | None = None) -> MemoryPlan:
+        """How the active engine uses the device's memory, or how one with that config would."""
+        request = device_pb2.GetMemoryPlanRequest(config=config.to_json() if config else b"")
+        return MemoryPlan.from_proto((await self._call(self._device.GetMemoryPlan, request)).plan)
+
+    async def models(self) -> list[ModelInfo]:
+        """The models that the device can answer with."""
+        response = await self._call(self._inference.ListModels, inference_pb2.ListModelsRequest())
+        return [ModelInfo.from_proto(item) for item in response.models]
+
+    async def engines(self) -> list[EngineInfo]:
+        """The engines in the device's store."""
+        response = await self._call(self._engines.ListEngines, engines_pb2.ListEnginesRequest())
+        return [EngineInfo.from_proto(item) for item in response.engines]
+
+    async def remove(self, engine: str) -> int:
+        """Removes an engine, by digest or unique name; returns the disk space that came free, bytes."""
+        request = engines_pb2.RemoveEngineRequest(engine=engine)
+        return (await self._call(self._engines.RemoveEngine, request)).freed_bytes
+
+    async def push(
+        self, bundle: Bundle, digest: str, on_progress: OnPushProgress | None = None
+    ) -> PushResult:
+        """Brings an engine to the device, several blobs at a time; see `Client.push`."""
+        push = Push(bundle, digest, on_progress)
+        slots = asyncio.Semaphore(_PARALLEL_UPLOADS)
+        response = await self._call(self._engines.Prepare, push.prepare_request())
+        tasks = [asyncio.create_task(self._upload(push, upload, slots)) for upload in push.prepared(response)]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        await self._call(self._engines.Commit, engines_pb2.CommitRequest(digest=digest))
+        return push.result()
+
+    async def activate(
+        self,
+        engine: str,
+        on_phase: Callable[[ActivationStep], None] | None = None,
+        *,
+        timeout_s: float = 600.0,
+    ) -> MemoryPlan:
+        """Makes an engine (digest or unique name) the one that answers; returns what the device granted."""
+        request = engines_pb2.ActivateRequest(engine=engine)
+        step = None
+        with translated(self.target):
+            async for message in self._engines.Activate(request, timeout=timeout_s):
+                step = ActivationStep.from_proto(message)
+                if on_phase is not None:
+                    on_phase(step)
+        return model_.granted(step)
+
+    def generate(
+        self,
+        prompt: str | Sequence[model_.Message],
+        *,
+        model: str = "",
+        sampling: model_.Sampling | None = None,
+        max_tokens: int = 0,
+        stop: Iterable[str] = (),
+        ignore_eos: bool = False,
+        timeout_s: float = 600.0,
+    ) -> AsyncGeneration:
+        """Starts an answer, to be read with `async for`; see `Client.generate`."""
+        request = model_.generate_request(
+            prompt, model=model, sampling=sampling, max_tokens=max_tokens, stop=stop, ignore_eos=ignore_eos
+        )
+        return AsyncGeneration(self._inference.Generate(request, timeout=timeout_s), self.target)
+
+    async def watch_telemetry(
+        self, interval_s: float = 1.0, *, timeout_s: float | None = None
+    ) -> AsyncIterator[Telemetry]:
+        """One record now, then one per interval, until the iterator is closed or `timeout_s` has passed."""
+        request = device_pb2.WatchTelemetryRequest(interval_s=interval_s)
+        call = self._device.WatchTelemetry(request, timeout=timeout_s)
+        try:
+            with translated(self.target):
+                async for message in call:
+                    yield message.telemetry
+        finally:
+            call.cancel()
+
+    async def _upload(self, push: Push, upload: Upload, slots: asyncio.Semaphore) -> None:
+        todo: Upload | None = upload
+        async with slots:
+            while todo is not None:
+                todo = await self._attempt(push, todo)
+
+    async def _attempt(self, push: Push, upload: Upload) -> Upload | None:
+        """What is to be tried again after an upload; None if it went well."""
+        try:
+            await self._write_blob(upload)
+        except RemoteError as error:
+            push.retry(upload, error)
+            return push.again(upload, await self._call(self._engines.Prepare, push.prepare_request()))
+        return None
+
+    async def _write_blob(self, upload: Upload) -> None:
+        with upload:
+            try:
+                with translated(self.target):
+                    await self._engines.WriteBlob(
+                        upload.messages_async(), timeout=upload.deadline_s(self.timeout_s)
+                    )
+            finally:
+                upload.check()
+
+    async def _call(
+        self, method: grpc.aio.UnaryUnaryMultiCallable[_Request, _Response], request: _Request
+    ) -> _Response:
+        with translated(self.target):
+            return await method(request, timeout=self.timeout_s)
+
+
+class AsyncGeneration(AsyncIterator[Chunk]):
+    """An answer as it comes; `completion` is its summary once the iteration has ended."""
+
+    def __init__(
+        self,
+        call: grpc.aio.UnaryStreamCall[inference_pb2.GenerateRequest, inference_pb2.GenerateResponse],
+        target: str,
+    ) -> None:
+        self._call = call
+        self._messages = call.__aiter__()
+        self._target = target
+        self._state = model_.GenerationState()
+
+    async def __anext__(self) -> Chunk:
+        """The next piece; raises RemoteError or DeviceUnreachableError."""
+        with translated(self._target):
+            async for message in self._messages:
+                chunk = self._state.take(message)
+                if chunk is not None:
+                    return chunk
+        self._state.finished()
+        raise StopAsyncIteration
+
+    async def __aenter__(self) -> Self:
+        """Returns the answer itself."""
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Cancels what has not come yet."""
+        self.cancel()
+
+    def cancel(self) -> None:
+        """Tells the device to stop; does nothing once the answer is whole."""
+        self._call.cancel()
+
+    @property
+    def completion(self) -> Completion:
+        """The summary; raises RemoteError before the end."""
+        return self._state.finished()
+
+    async def read(self) -> Completion:
+        """Takes the rest of the answer and returns the summary, which has the whole text."""
+        async for _ in self:
+            pass
+        return self.completion

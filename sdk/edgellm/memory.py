@@ -1,0 +1,106 @@
+"""The memory plan: how an engine divides what a device really has, as pure functions of integers."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+
+from edgellm.bundle.config import EngineConfig
+from edgellm.errors import DoesNotFitError
+from edgellm.v1 import device_pb2
+
+MINIMAL_CONTEXT_TOKENS = 256
+_SCORE_BYTES = 4
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How a device's memory is divided; weights, workspace, headroom and KV never exceed what is there."""
+
+    available_bytes: int
+    weights_bytes: int
+    workspace_bytes: int
+    headroom_bytes: int
+    kv_bytes: int
+    kv_bytes_per_token: int
+    context_tokens: int
+    max_sequences: int
+
+    def to_proto(self) -> device_pb2.MemoryPlan:
+        """The same figures as a protobuf message."""
+        return device_pb2.MemoryPlan(**asdict(self))
+
+    @classmethod
+    def from_proto(cls, message: device_pb2.MemoryPlan) -> MemoryPlan:
+        """The same figures from a protobuf message."""
+        return cls(**{field.name: getattr(message, field.name) for field in fields(cls)})
+
+
+def workspace_bytes(config: EngineConfig, *, step_tokens: int, context_tokens: int) -> int:
+    """Scratch memory of a step of `step_tokens` over a context of `context_tokens`, bytes."""
+    footprint = config.footprint
+    scores_bytes = config.model.heads * step_tokens * context_tokens * _SCORE_BYTES
+    return footprint.workspace_base_bytes + step_tokens * footprint.workspace_bytes_per_token + scores_bytes
+
+
+def plan_memory(
+    config: EngineConfig,
+    *,
+    available_bytes: int,
+    headroom_bytes: int,
+    context_tokens: int | None = None,
+    max_sequences: int = 1,
+    prefill_tokens: int = 512,
+) -> MemoryPlan:
+    """Divides `available_bytes` among weights, workspace, headroom and KV cache.
+
+    The context is the longest that one sequence can have: the model's, the one asked for, or what the memory
+    holds, if that is less. Workspace grows with the context, so both are found together. The KV cache gets
+    what is left, but not more than `max_sequences` sequences of that context can use.
+
+    Args:
+        config: The engine.
+        available_bytes: What the device has for it: MemAvailable, or a simulated limit if that is less.
+        headroom_bytes: Left to everybody else on the board.
+        context_tokens: Longest sequence asked for; None means the model's.
+        max_sequences: Most sequences that run at once.
+        prefill_tokens: Most prompt tokens of one step.
+
+    Raises:
+        DoesNotFitError: Not even one sequence of 256 tokens fits.
+        ValueError: An argument is out of range.
+    """
+    if min(max_sequences, prefill_tokens) < 1 or min(available_bytes, headroom_bytes) < 0:
+        raise ValueError("max_sequences and prefill_tokens are at least 1, bytes at least 0")
+    if context_tokens is not None and context_tokens < 1:
+        raise ValueError("context_tokens is at least 1")
+    step_tokens = max(prefill_tokens, max_sequences)
+    longest = min(config.model.context_length, context_tokens or config.model.context_length)
+    fixed_bytes = (
+        config.footprint.weights_bytes
+        + headroom_bytes
+        + workspace_bytes(config, step_tokens=step_tokens, context_tokens=0)
+    )
+    token_bytes = config.kv_bytes_per_token + config.model.heads * step_tokens * _SCORE_BYTES
+    context = min(longest, (available_bytes - fixed_bytes) // token_bytes)
+    minimal = min(longest, MINIMAL_CONTEXT_TOKENS)
+    if context < minimal:
+        needed_bytes = fixed_bytes + minimal * token_bytes
+        raise DoesNotFitError(
+            f"engine {config.name} needs {needed_bytes:,} bytes for one sequence of {minimal} tokens; "
+            f"{available_bytes:,} bytes are available",
+            needed_bytes=needed_bytes,
+            available_bytes=available_bytes,
+            hint="free memory on the device, lower its headroom, or build a smaller engine",
+        )
+    workspace = workspace_bytes(config, step_tokens=step_tokens, context_tokens=context)
+    left_bytes = available_bytes - headroom_bytes - config.footprint.weights_bytes - workspace
+    return MemoryPlan(
+        available_bytes=available_bytes,
+        weights_bytes=config.footprint.weights_bytes,
+        workspace_bytes=workspace,
+        headroom_bytes=headroom_bytes,
+        kv_bytes=min(left_bytes, context * max_sequences * config.kv_bytes_per_token),
+        kv_bytes_per_token=config.kv_bytes_per_token,
+        context_tokens=context,
+        max_sequences=max_sequences,
+    )
