@@ -1,0 +1,122 @@
+"""Builds an engine: a checkpoint goes in, the files and the config of an engine bundle come out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from edgellm.bundle.config import (
+    EngineConfig,
+    EngineFiles,
+    Footprint,
+    ModelShape,
+    Precision,
+    SpecialTokens,
+    Target,
+)
+from edgellm_buildhost.checkpoint.base import Architecture, Checkpoint
+from edgellm_buildhost.graph.decoder import write_decoder
+from edgellm_buildhost.graph.onnxruntime import RUNTIME_REQUIRES, OnnxRuntimeDialect
+from edgellm_buildhost.graph.weights import SHARD_BYTES, WeightShards
+from edgellm_buildhost.recipe import RECIPES, PrecisionName, QuantizedWeights, Recipe
+
+GRAPH_FILE = "model.onnx"
+TOKENIZER_FILE = "tokenizer.json"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+_INTEGER_ACTIVATIONS = 4
+
+
+def build_engine(
+    checkpoint: Checkpoint,
+    precision: PrecisionName,
+    directory: Path,
+    *,
+    profile: str,
+    name: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    accuracy_level: int = _INTEGER_ACTIVATIONS,
+    shard_bytes: int = SHARD_BYTES,
+) -> EngineConfig:
+    """Write the engine's files into `directory`, which exists and is empty, and describe them.
+
+    Equal arguments give equal bytes. Memory follows the largest matrix, not the model. `accuracy_level` 0
+    multiplies in float32 instead of 8-bit integers. Raises BuildError for a checkpoint that cannot be
+    built, OSError for a disk that cannot be written; what was written until then stays in `directory`.
+    """
+    architecture, recipe = checkpoint.architecture, RECIPES[precision]
+    weights = QuantizedWeights(checkpoint, recipe)
+    with WeightShards(directory, shard_bytes) as shards:
+        dialect = OnnxRuntimeDialect(architecture, shards, accuracy_level=accuracy_level)
+        write_decoder(architecture, weights, dialect, progress or _silent)
+        dialect.save(directory / GRAPH_FILE)
+        weights_bytes = shards.total_bytes
+    tokenizer = checkpoint.tokenizer
+    (directory / TOKENIZER_FILE).write_bytes(tokenizer.tokenizer_json)
+    if tokenizer.chat_template is not None:
+        (directory / CHAT_TEMPLATE_FILE).write_bytes(tokenizer.chat_template.encode())
+    return EngineConfig(
+        name=name or suggested_name(checkpoint, precision),
+        runtime="onnxruntime",
+        runtime_requires=RUNTIME_REQUIRES,
+        target=Target(profile=profile),
+        model=_model_shape(architecture),
+        precision=_precision(precision, recipe, weights.table_group_size, accuracy_level),
+        tokens=SpecialTokens(bos_id=tokenizer.bos_id, add_bos=tokenizer.add_bos, eos_ids=tokenizer.eos_ids),
+        footprint=_footprint(architecture, weights_bytes),
+        files=EngineFiles(
+            graph=GRAPH_FILE,
+            tokenizer=TOKENIZER_FILE,
+            chat_template=CHAT_TEMPLATE_FILE if tokenizer.chat_template is not None else None,
+        ),
+    )
+
+
+def _silent(done: int, total: int) -> None:
+    """Progress for nobody."""
+    del done, total
+
+
+def suggested_name(checkpoint: Checkpoint, precision: PrecisionName) -> str:
+    """A name for the engine, as in `smollm2-135m-instruct-int4`."""
+    stem = re.sub(r"[.-](q\d\w*|iq\d\w*|b?f16|f32)$", "", checkpoint.name, flags=re.IGNORECASE)
+    plain = re.sub(r"[^a-z0-9._-]+", "-", stem.lower()).strip("-._")
+    return f"{plain[:100] or 'engine'}-{precision.value}"
+
+
+def _model_shape(architecture: Architecture) -> ModelShape:
+    return ModelShape(
+        architecture=architecture.family,
+        layers=architecture.layers,
+        hidden_size=architecture.hidden_size,
+        heads=architecture.heads,
+        kv_heads=architecture.kv_heads,
+        head_dim=architecture.head_dim,
+        ffn_size=architecture.ffn_size,
+        vocab_size=architecture.vocab_size,
+        context_length=architecture.context_length,
+    )
+
+
+def _precision(
+    precision: PrecisionName, recipe: Recipe, table_group_size: int, accuracy_level: int
+) -> Precision:
+    table = f"int8, symmetric, groups of {table_group_size}"
+    integer = accuracy_level == _INTEGER_ACTIVATIONS
+    return Precision(
+        weights=precision.value,
+        group_size=recipe.group_size,
+        scheme=recipe.scheme,
+        embedding=table,
+        head=table,
+        activations="float32, rounded to int8 inside a product" if integer else "float32",
+    )
+
+
+def _footprint(architecture: Architecture, weights_bytes: int) -> Footprint:
+    widest = max(2 * architecture.ffn_size, architecture.query_size + 2 * architecture.kv_size)
+    return Footprint(
+        weights_bytes=weights_bytes,
+        workspace_base_bytes=32 * 1024 * 1024,
+        workspace_bytes_per_token=4 * (4 * architecture.hidden_size + 3 * widest),
+    )

@@ -1,0 +1,133 @@
+"""`edgellm build`: from a checkpoint to a bundle, on the command line."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from edgellm import paths
+from edgellm.cli.output import JsonOption, human_bytes, print_facts, print_json
+from edgellm.profiles import load_profile
+from edgellm_buildhost.recipe import PrecisionName
+
+if TYPE_CHECKING:
+    from edgellm.bundle import EngineConfig
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+SourceArgument = Annotated[
+    Path, typer.Argument(help="Hugging Face directory, or a .gguf file.", show_default=False)
+]
+ProfileOption = Annotated[
+    str,
+    typer.Option("--profile", "--device", help="Kind of board that it is for, as orin-nano-8gb; or host."),
+]
+PrecisionOption = Annotated[
+    PrecisionName,
+    typer.Option("--precision", help="int4: smallest and fastest. int8: closest to the checkpoint."),
+]
+OutputOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        help="Directory of the bundle; default: below edgellm's data directory.",
+        show_default=False,
+    ),
+]
+NameOption = Annotated[
+    str | None, typer.Option(help="Name of the engine; default: from the checkpoint.", show_default=False)
+]
+
+
+@app.callback()
+def _group() -> None:
+    """Keeps `build` a command of its own."""
+
+
+@app.command()
+def build(
+    source: SourceArgument,
+    precision: PrecisionOption = PrecisionName.INT4,
+    profile: ProfileOption = "host",
+    output: OutputOption = None,
+    name: NameOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """Quantize a checkpoint and write it as an engine bundle.
+
+    The source is read one tensor at a time, so a model larger than memory can be built. Equal input gives
+    equal digests. Nothing is left behind when the build fails or is interrupted.
+
+    \b
+    edgellm build ./SmolLM2-135M-Instruct --profile orin-nano-8gb
+    edgellm build model.gguf --precision int8 -o model.bundle
+    """
+    from edgellm.bundle import Bundle, BundleWriter
+    from edgellm_buildhost.build import build_engine, suggested_name
+    from edgellm_buildhost.checkpoint import open_checkpoint
+
+    load_profile(profile)
+    checkpoint = open_checkpoint(source)
+    engine_name = name or suggested_name(checkpoint, precision)
+    target = output or paths.data_dir() / "bundles" / f"{engine_name}-{profile}.bundle"
+    with (
+        BundleWriter(target) as writer,
+        tempfile.TemporaryDirectory(prefix=f".{target.name}.files.", dir=target.parent) as files,
+        _layers(shown=not json_) as progress,
+    ):
+        config = build_engine(
+            checkpoint, precision, Path(files), profile=profile, name=engine_name, progress=progress
+        )
+        digest = writer.add(Path(files), config)
+    paths.record_last_build(target)
+    size_bytes = Bundle.open(target).select(profile=profile).manifest.size_bytes
+    _report(target, digest, size_bytes, config, as_json=json_)
+
+
+@contextmanager
+def _layers(*, shown: bool) -> Iterator[Callable[[int, int], None]]:
+    """A bar of layers written; only if `shown`, on a terminal."""
+    if not (shown and sys.stderr.isatty()):
+        yield lambda _done, _total: None
+        return
+    from rich import progress as bars
+    from rich.console import Console
+
+    columns = (
+        bars.TextColumn("quantize"),
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        bars.TimeRemainingColumn(),
+    )
+    with bars.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("quantize", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _report(target: Path, digest: str, size_bytes: int, config: EngineConfig, *, as_json: bool) -> None:
+    if as_json:
+        facts = {"bundle": target, "digest": digest, "size_bytes": size_bytes}
+        print_json({**facts, "config": config.model_dump(mode="json")})
+        return
+    print_facts(
+        [
+            ("bundle", str(target)),
+            ("engine", config.name),
+            ("digest", digest),
+            (
+                "weights",
+                f"{config.precision.weights}, groups of {config.precision.group_size}, "
+                f"{config.precision.scheme}",
+            ),
+            ("head", config.precision.head),
+            ("size", human_bytes(size_bytes)),
+            ("next", "edgellm push engine --device NAME"),
+        ]
+    )
