@@ -1,0 +1,102 @@
+"""The agent's settings: a TOML file, and environment variables that override it."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from pathlib import Path
+from typing import Annotated
+
+import pydantic
+from pydantic import Field, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from edgellm.errors import EdgellmError
+from edgellm_agent.telemetry.settings import MqttSettings
+
+DeviceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+
+
+class AgentSettings(BaseSettings):
+    """Everything that an operator may set.
+
+    `EDGELLM_AGENT_DEVICE` overrides `device`, `EDGELLM_AGENT_MQTT__HOST` `mqtt.host`.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix="EDGELLM_AGENT_", env_nested_delimiter="__", extra="forbid", frozen=True
+    )
+
+    device: DeviceName = Field(default_factory=socket.gethostname, description="name in the fleet")
+    profile: str = Field(default="host", description="device profile; `edgellm device profiles` lists them")
+    simulate: bool = Field(
+        default=False, description="enforce the profile's memory limit on a machine of another kind"
+    )
+    state_dir: Path = Field(default=Path("/var/lib/edgellm"), description="engines, registry, counters")
+    socket: Path = Field(default=Path("/run/edgellm/agent.sock"), description="Unix socket of the gRPC API")
+    listen: str | None = Field(
+        default=None, description="loopback address for the API too, for example 127.0.0.1:7077"
+    )
+    headroom_bytes: int | None = Field(
+        default=None, ge=0, description="memory left to others; default: the profile's"
+    )
+    context_tokens: int = Field(default=4096, ge=16, description="longest prompt plus answer")
+    max_sequences: int = Field(default=8, ge=1, le=64, description="requests that run at once")
+    max_waiting: int = Field(default=64, ge=0, le=4096, description="requests that may wait for memory")
+    prefill_tokens: int = Field(default=128, ge=1, le=4096, description="longest chunk of a prompt per step")
+    threads: int = Field(default=0, ge=0, le=256, description="CPU threads of the runtime; 0: one per core")
+    load_timeout_s: float = Field(default=300, gt=0)
+    drain_s: float = Field(default=30, ge=0, description="what running requests get when the agent stops")
+    telemetry_interval_s: float = Field(default=1.0, ge=0.1, le=3600)
+    mqtt: MqttSettings | None = None
+
+    @field_validator("listen")
+    @classmethod
+    def _loopback_only(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        host, _, port = value.rpartition(":")
+        try:
+            loopback = host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+        except ValueError:
+            loopback = False
+        if not loopback or not port.isdecimal() or not 0 < int(port) < 65536:
+            raise ValueError("must be a loopback address and a port, for example 127.0.0.1:7077")
+        return value
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Environment before file."""
+        return env_settings, init_settings, TomlConfigSettingsSource(settings_cls)
+
+
+def load_settings(path: Path | None) -> AgentSettings:
+    """Reads the file and the environment; raises EdgellmError that names the field."""
+
+    class FromFile(AgentSettings):
+        model_config = SettingsConfigDict(toml_file=path)
+
+    if path is not None and not path.is_file():
+        raise EdgellmError(f"no settings file {path}", "give an existing one with --config")
+    try:
+        return FromFile()
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise EdgellmError(
+            f"setting {field}: {first['msg']}", f"correct it in {path or 'the environment'}"
+        ) from None
+    except ValueError as error:
+        raise EdgellmError(f"{path} is not TOML: {error}", "correct the file") from None

@@ -1,0 +1,136 @@
+"""The daemon: puts the parts together, runs until it is told to stop, and takes them apart in the opposite
+order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import platform
+import signal
+from collections.abc import AsyncIterator
+from importlib import metadata
+
+from edgellm.profiles import load_profile
+from edgellm.v1 import telemetry_pb2
+from edgellm_agent.config import AgentSettings
+from edgellm_agent.lifecycle import EngineManager, Policy
+from edgellm_agent.memory import MemoryPolicy
+from edgellm_agent.registry import Registry
+from edgellm_agent.services.device import DeviceServicer, Identity
+from edgellm_agent.services.engines import EngineServicer
+from edgellm_agent.services.inference import InferenceServicer
+from edgellm_agent.services.server import Server
+from edgellm_agent.store import Store
+from edgellm_agent.telemetry.detect import detect_source
+from edgellm_agent.telemetry.mqtt import MqttPublisher
+from edgellm_agent.telemetry.sampler import Sampler
+
+log = logging.getLogger(__name__)
+
+# Distributions that bring the onnxruntime module.
+_ONNXRUNTIME = ("onnxruntime", "onnxruntime-gpu")
+_ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
+
+
+async def run(settings: AgentSettings) -> None:
+    """Runs the agent until SIGTERM or SIGINT; running requests then get `drain_s` to end."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with running(settings):
+        await stop.wait()
+        log.info("stopping")
+
+
+@contextlib.asynccontextmanager
+async def running(settings: AgentSettings) -> AsyncIterator[EngineManager]:
+    """A running agent, for as long as the context lasts."""
+    identity = Identity(settings.device, metadata.version("edgellm"))
+    manager = _manager(settings)
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(manager.close)
+        sampler = Sampler(
+            detect_source(), lambda: _runtime(manager), interval_s=settings.telemetry_interval_s
+        )
+        sampler.start()
+        stack.push_async_callback(sampler.close)
+        server = Server(
+            InferenceServicer(manager), EngineServicer(manager), DeviceServicer(identity, manager, sampler)
+        )
+        await server.start(settings.socket, settings.listen)
+        stack.push_async_callback(server.stop, settings.drain_s)
+        publisher = _publisher(settings, identity, sampler)
+        if publisher is not None:
+            publisher.start()
+            stack.push_async_callback(publisher.close)
+
+        async def tell() -> None:
+            serving = manager.running is not None
+            await server.set_inference(serving=serving)
+            if publisher is not None:
+                publisher.update_state(active_engine=(manager.active_digest() or "") if serving else "")
+
+        changes: set[asyncio.Task[None]] = set()
+
+        def on_change() -> None:
+            task = asyncio.create_task(tell())
+            changes.add(task)
+            task.add_done_callback(changes.discard)
+
+        manager.on_change = on_change
+        await manager.start()
+        yield manager
+
+
+def _manager(settings: AgentSettings) -> EngineManager:
+    profile = load_profile(settings.profile)
+    settings.state_dir.mkdir(parents=True, exist_ok=True)
+    memory = MemoryPolicy(
+        profile=profile,
+        simulated=settings.simulate,
+        headroom_bytes=profile.headroom_bytes if settings.headroom_bytes is None else settings.headroom_bytes,
+        context_tokens=settings.context_tokens,
+        max_sequences=settings.max_sequences,
+        prefill_tokens=settings.prefill_tokens,
+    )
+    policy = Policy(
+        memory=memory,
+        runtimes=_runtimes(),
+        architecture=_ARCHITECTURES.get(platform.machine(), platform.machine()),
+        threads=settings.threads,
+        max_waiting=settings.max_waiting,
+        load_timeout_s=settings.load_timeout_s,
+        drain_s=settings.drain_s,
+    )
+    return EngineManager(
+        store=Store(settings.state_dir), registry=Registry(settings.state_dir / "registry.db"), policy=policy
+    )
+
+
+def _publisher(settings: AgentSettings, identity: Identity, sampler: Sampler) -> MqttPublisher | None:
+    if settings.mqtt is None:
+        return None
+    return MqttPublisher(
+        settings.mqtt,
+        sampler,
+        device=identity.device,
+        state_dir=settings.state_dir,
+        agent_version=identity.agent_version,
+        profile=settings.profile,
+    )
+
+
+def _runtime(manager: EngineManager) -> telemetry_pb2.Runtime:
+    engine = manager.running
+    return telemetry_pb2.Runtime(state="none") if engine is None else engine.runtime()
+
+
+def _runtimes() -> dict[str, str]:
+    """Runtimes that are installed, by their metadata: importing one would cost this process its memory."""
+    for name in _ONNXRUNTIME:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return {"onnxruntime": metadata.version(name)}
+    return {}

@@ -1,0 +1,211 @@
+"""Keeps one engine running: starts its worker, and starts it again, with back-off, when it dies."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgellm.bundle.config import EngineConfig
+from edgellm.errors import DoesNotFitError
+from edgellm.memory import MemoryPlan
+from edgellm.v1 import inference_pb2, telemetry_pb2, worker_pb2
+from edgellm_agent.engine.base import TokenStream
+from edgellm_agent.engine.worker_process import WorkerProcess
+from edgellm_agent.errors import AgentError, UnavailableError
+
+log = logging.getLogger(__name__)
+
+_FIRST_PAUSE_S = 0.5
+_LONGEST_PAUSE_S = 30.0
+# A worker that has lived so long starts with the first pause again.
+_HEALTHY_S = 60.0
+_POLL_S = 1.0
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """What to run, and how."""
+
+    digest: str
+    directory: Path
+    config: EngineConfig
+    threads: int
+    prefill_tokens: int
+    max_waiting: int
+    load_timeout_s: float
+
+
+@dataclass
+class Totals:
+    """Counts over all workers of this engine."""
+
+    requests: int = 0
+    generated_tokens: int = 0
+    restarts: int = 0
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Tokens per second between the last two polls."""
+
+    prefill: float = 0.0
+    decode: float = 0.0
+
+
+class SupervisedEngine:
+    """An Engine over a worker process that may die.
+
+    Args:
+        spec: The engine.
+        plan: Plans the memory anew for each start: what is available changes.
+
+    """
+
+    def __init__(self, spec: EngineSpec, plan: Callable[[], MemoryPlan]) -> None:
+        self.spec = spec
+        self.state = "starting"
+        self.totals = Totals()
+        self._plan = plan
+        self._worker: WorkerProcess | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._last = worker_pb2.Stats()
+        self._rates = Rates()
+
+    async def start(self) -> None:
+        """Loads the engine; raises AgentError or DoesNotFitError, and leaves nothing behind."""
+        self._worker = await self._start_worker()
+        self.state = "serving"
+        self._tasks = [asyncio.create_task(self._watch()), asyncio.create_task(self._poll())]
+
+    @property
+    def plan(self) -> MemoryPlan:
+        """What the running worker was granted."""
+        if self._worker is None:
+            raise UnavailableError("the engine is not running")
+        return MemoryPlan.from_proto(self._worker.ready.plan)
+
+    @property
+    def worker_pid(self) -> int | None:
+        """Process id of the worker, if one is running."""
+        return None if self._worker is None else self._worker.pid
+
+    def memory_bytes(self) -> tuple[int, int]:
+        """What the worker holds, and what it was granted beyond that and has not taken yet."""
+        if self._worker is None:
+            return 0, 0
+        plan, resident = self.plan, self._worker.rss_bytes() or 0
+        granted = plan.weights_bytes + plan.workspace_bytes + plan.kv_bytes
+        return resident, max(0, granted - resident)
+
+    def submit(self, request: inference_pb2.GenerateRequest, deadline_s: float = 0) -> TokenStream:
+        """Starts a request; raises UnavailableError or BusyError."""
+        if self._worker is None or self.state != "serving":
+            raise UnavailableError(f"the engine is {self.state}")
+        stream = self._worker.submit(request, deadline_s)
+        self.totals.requests += 1
+        return stream
+
+    def runtime(self) -> telemetry_pb2.Runtime:
+        """The engine's part of a telemetry record, as of the last poll."""
+        stats = self._last
+        record = telemetry_pb2.Runtime(
+            state=self.state,
+            engine=self.spec.digest,
+            prefill_tokens_per_s=self._rates.prefill,
+            decode_tokens_per_s=self._rates.decode,
+            running_sequences=stats.running_sequences,
+            waiting_requests=stats.waiting_requests,
+            kv_used_bytes=stats.kv_used_bytes,
+            kv_promised_bytes=stats.kv_promised_bytes,
+            kv_bound_bytes=stats.kv_bound_bytes,
+            requests_total=self.totals.requests,
+            generated_tokens_total=self.totals.generated_tokens,
+            worker_restarts_total=self.totals.restarts,
+        )
+        if self._worker is not None:
+            record.load_s = self._worker.ready.load_s
+            rss = self._worker.rss_bytes()
+            if rss is not None:
+                record.worker_rss_bytes = rss
+        return record
+
+    async def drain(self, deadline_s: float) -> bool:
+        """Takes no new requests and waits for the running ones; tells whether all ended in time."""
+        self.state = "draining"
+        return True if self._worker is None else await self._worker.drain(deadline_s)
+
+    async def close(self) -> None:
+        """Ends the worker and gives its memory back."""
+        self.state = "stopped"
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._worker is not None:
+            await self._worker.close()
+            self._worker = None
+
+    async def _start_worker(self) -> WorkerProcess:
+        spec = self.spec
+        load = worker_pb2.Load(
+            directory=str(spec.directory),
+            config=spec.config.to_json(),
+            plan=self._plan().to_proto(),
+            threads=spec.threads,
+            prefill_tokens=spec.prefill_tokens,
+            max_waiting=spec.max_waiting,
+        )
+        worker = await WorkerProcess.start(load, spec.load_timeout_s)
+        log.info("engine %s loaded in %.2f s, worker %d", spec.config.name, worker.ready.load_s, worker.pid)
+        return worker
+
+    async def _watch(self) -> None:
+        pause_s = _FIRST_PAUSE_S
+        loop = asyncio.get_running_loop()
+        while self._worker is not None:
+            began = loop.time()
+            await self._worker.dead.wait()
+            log.error(
+                "worker %d of engine %s died: %s", self._worker.pid, self.spec.config.name, self._worker.death
+            )
+            if self.state != "draining":
+                self.state = "restarting"
+            await self._worker.close()
+            self._worker, self._last = None, worker_pb2.Stats()
+            if loop.time() - began > _HEALTHY_S:
+                pause_s = _FIRST_PAUSE_S
+            while self._worker is None:
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+                self.totals.restarts += 1
+                try:
+                    self._worker = await self._start_worker()
+                except (AgentError, DoesNotFitError) as error:
+                    log.error("engine %s does not start: %s", self.spec.config.name, error)
+            if self.state == "restarting":
+                self.state = "serving"
+
+    async def _poll(self) -> None:
+        """Asks the worker for its figures once a second."""
+        loop = asyncio.get_running_loop()
+        asked = loop.time()
+        while True:
+            await asyncio.sleep(_POLL_S)
+            worker = self._worker
+            if worker is None:
+                self._rates = Rates()
+                continue
+            try:
+                stats = await worker.stats()
+            except AgentError as error:
+                log.warning("engine %s: %s", self.spec.config.name, error)
+                continue
+            before, self._last, seconds = self._last, stats, loop.time() - asked
+            asked = loop.time()
+            generated = stats.generated_tokens_total - before.generated_tokens_total
+            self.totals.generated_tokens += generated
+            self._rates = Rates(
+                (stats.prefill_tokens_total - before.prefill_tokens_total) / seconds, generated / seconds
+            )

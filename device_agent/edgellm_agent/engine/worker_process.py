@@ -1,0 +1,287 @@
+"""One worker process: started by exec, spoken to over a socket pair, ended by closing it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+from edgellm.v1 import inference_pb2, worker_pb2
+from edgellm_agent import errors, ipc
+
+log = logging.getLogger(__name__)
+
+# Tokens under way per stream: enough to hide the way there and back, little to lose when a client goes.
+_CREDIT_TOKENS = 64
+_CLOSE_S = 5.0
+_PLAIN_ERRORS: dict[worker_pb2.FailureKind.ValueType, Callable[[str], errors.AgentError]] = {
+    worker_pb2.FAILURE_KIND_BUSY: errors.BusyError,
+    worker_pb2.FAILURE_KIND_CANCELLED: errors.CancelledError,
+    worker_pb2.FAILURE_KIND_DEADLINE: errors.DeadlineError,
+    worker_pb2.FAILURE_KIND_DRAINING: errors.UnavailableError,
+}
+
+
+class WorkerProcess:
+    """A started and loaded worker.
+
+    `dead` is set, with `death` telling why, once nothing more comes from it.
+    """
+
+    def __init__(
+        self,
+        process: asyncio.subprocess.Process,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        max_streams: int,
+    ) -> None:
+        self._process = process
+        self._reader = reader
+        self._writer = writer
+        self._max_streams = max_streams
+        self._streams: dict[int, _Stream] = {}
+        self._next_id = 0
+        self._stats_waiters: list[asyncio.Future[worker_pb2.Stats]] = []
+        self._drained = asyncio.Event()
+        self._reading: asyncio.Task[None] | None = None
+        self.ready = worker_pb2.Ready()
+        self.dead = asyncio.Event()
+        self.death = ""
+
+    @classmethod
+    async def start(cls, load: worker_pb2.Load, timeout_s: float) -> WorkerProcess:
+        """Starts a worker and loads an engine.
+
+        Raises TooLargeError or EngineError, and leaves no process behind.
+        """
+        ours, theirs = socket.socketpair()
+        with theirs:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "edgellm_agent.worker",
+                str(theirs.fileno()),
+                pass_fds=(theirs.fileno(),),
+                stdin=asyncio.subprocess.DEVNULL,
+            )
+        reader, writer = await asyncio.open_unix_connection(sock=ours)
+        worker = cls(process, reader, writer, load.plan.max_sequences + load.max_waiting)
+        try:
+            await asyncio.wait_for(worker._load(load), timeout_s)
+        except BaseException as error:
+            await worker.close()
+            if isinstance(error, asyncio.TimeoutError):
+                raise errors.EngineError(f"the engine did not load within {timeout_s:.0f} s") from None
+            raise
+        return worker
+
+    @property
+    def pid(self) -> int:
+        """Process id."""
+        return self._process.pid
+
+    def submit(self, request: inference_pb2.GenerateRequest, deadline_s: float = 0) -> _Stream:
+        """Starts a request; raises UnavailableError or BusyError."""
+        if self.dead.is_set():
+            raise errors.UnavailableError("the engine has just stopped")
+        if len(self._streams) >= self._max_streams:
+            raise errors.BusyError(f"{len(self._streams)} requests are running or waiting")
+        self._next_id += 1
+        submit = worker_pb2.Submit(
+            id=self._next_id, request=request, credit_tokens=_CREDIT_TOKENS, deadline_s=deadline_s
+        )
+        self._send(worker_pb2.ToWorker(submit=submit))
+        stream = self._streams[self._next_id] = _Stream(self, self._next_id)
+        return stream
+
+    async def stats(self, timeout_s: float = 5.0) -> worker_pb2.Stats:
+        """What the worker does now; raises EngineError if it does not answer in time."""
+        waiter: asyncio.Future[worker_pb2.Stats] = asyncio.get_running_loop().create_future()
+        self._stats_waiters.append(waiter)
+        self._send(worker_pb2.ToWorker(ping=worker_pb2.Ping()))
+        try:
+            return await asyncio.wait_for(waiter, timeout_s)
+        except asyncio.TimeoutError:
+            raise errors.EngineError(f"the engine did not answer within {timeout_s:.0f} s") from None
+        finally:
+            if waiter in self._stats_waiters:
+                self._stats_waiters.remove(waiter)
+
+    def rss_bytes(self) -> int | None:
+        """Anonymous and shared memory of the process (RssAnon + RssShmem)."""
+        try:
+            lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
+        except OSError:
+            return None
+        kib = {
+            k: v.split()[0]
+            for k, _, v in (line.partition(":") for line in lines)
+            if k in ("RssAnon", "RssShmem")
+        }
+        return 1024 * sum(int(v) for v in kib.values()) if kib else None
+
+    async def drain(self, deadline_s: float) -> bool:
+        """No new requests; waits for the running ones. Tells whether all ended in time."""
+        self._send(worker_pb2.ToWorker(drain=worker_pb2.Drain()))
+        try:
+            await asyncio.wait_for(self._drained.wait(), deadline_s)
+        except asyncio.TimeoutError:
+            return False
+        return True
+
+    async def close(self) -> None:
+        """Ends the process: it exits by itself when the channel closes; if not, it is killed."""
+        self._writer.close()
+        try:
+            await asyncio.wait_for(self._process.wait(), _CLOSE_S)
+        except asyncio.TimeoutError:
+            log.warning("worker %d did not end by itself, killed", self.pid)
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+            await self._process.wait()
+        if self._reading is not None:
+            await self._reading
+
+    def cancel(self, stream_id: int) -> None:
+        """Asks the worker to end a request."""
+        self._send(worker_pb2.ToWorker(cancel=worker_pb2.Cancel(id=stream_id)))
+
+    def credit(self, stream_id: int, tokens: int) -> None:
+        """Lets the worker send so many more tokens."""
+        self._send(worker_pb2.ToWorker(credit=worker_pb2.Credit(id=stream_id, tokens=tokens)))
+
+    async def _load(self, load: worker_pb2.Load) -> None:
+        self._send(worker_pb2.ToWorker(load=load))
+        try:
+            first = await ipc.read_from_worker(self._reader)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            status = await self._process.wait()
+            raise errors.EngineError(f"the worker ended while loading the engine ({_why(status)})") from None
+        if first.WhichOneof("message") == "fatal":
+            fatal = first.fatal
+            if fatal.kind == worker_pb2.FAILURE_KIND_TOO_LARGE:
+                raise errors.TooLargeError(fatal.message, fatal.needed_bytes, fatal.available_bytes)
+            raise errors.EngineError(fatal.message)
+        self.ready = first.ready
+        self._reading = asyncio.create_task(self._read(), name=f"worker-{self.pid}")
+
+    def _send(self, message: worker_pb2.ToWorker) -> None:
+        # What may wait here is bounded: requests by max_streams, credits by tokens sent, and one ping at a
+        # time.
+        if not self._writer.is_closing():
+            self._writer.write(ipc.encode(message))
+
+    async def _read(self) -> None:
+        try:
+            while True:
+                self._take(await ipc.read_from_worker(self._reader))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        except Exception:
+            log.exception("worker %d sent what makes no sense, killed", self.pid)
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+        self.death = self.death or _why(await self._process.wait())
+        self.dead.set()
+        self._drained.set()
+        for waiter in self._stats_waiters:
+            if not waiter.done():
+                waiter.set_exception(errors.EngineError(f"the engine stopped ({self.death})"))
+        for stream in list(self._streams.values()):
+            stream.fail(errors.UnavailableError(f"the engine stopped ({self.death})"))
+        self._streams.clear()
+
+    def _take(self, message: worker_pb2.FromWorker) -> None:
+        match message.WhichOneof("message"):
+            case "step":
+                for delta in message.step.deltas:
+                    if delta.id in self._streams:
+                        self._streams[delta.id].put(delta)
+            case "ended":
+                stream = self._streams.pop(message.ended.id, None)
+                if stream is not None:
+                    stream.end(message.ended)
+            case "stats":
+                if self._stats_waiters:
+                    waiter = self._stats_waiters.pop(0)
+                    if not waiter.done():
+                        waiter.set_result(message.stats)
+            case "drained":
+                self._drained.set()
+            case "fatal":
+                self.death = message.fatal.message
+                log.error("worker %d: %s", self.pid, self.death)
+            case other:
+                raise ipc.FrameError(f"message {other} makes no sense here")
+
+
+class _Stream:
+    """A TokenStream.
+
+    A reader that falls behind gets what has come since in one piece; credit bounds how much that is.
+    """
+
+    def __init__(self, worker: WorkerProcess, stream_id: int) -> None:
+        self._worker = worker
+        self._id = stream_id
+        self._pending: worker_pb2.Delta | None = None
+        self._error: errors.AgentError | None = None
+        self._ended = False
+        self._changed = asyncio.Event()
+        self.finished: worker_pb2.Finished | None = None
+
+    def put(self, delta: worker_pb2.Delta) -> None:
+        if self._pending is None:
+            self._pending = delta
+        else:
+            self._pending.token_ids.extend(delta.token_ids)
+            self._pending.text += delta.text
+        self._changed.set()
+
+    def fail(self, error: errors.AgentError) -> None:
+        self._error = error
+        self._ended = True
+        self._changed.set()
+
+    def end(self, ended: worker_pb2.Ended) -> None:
+        if ended.WhichOneof("outcome") == "failure":
+            self.fail(_to_error(ended.failure))
+            return
+        self.finished = ended.finished
+        self._ended = True
+        self._changed.set()
+
+    async def __aiter__(self) -> AsyncIterator[worker_pb2.Delta]:
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            delta, self._pending = self._pending, None
+            if delta is not None:
+                if not self._ended and delta.token_ids:
+                    self._worker.credit(self._id, len(delta.token_ids))
+                yield delta
+            if self._ended and self._pending is None:
+                if self._error is not None:
+                    raise self._error
+                return
+
+    async def aclose(self) -> None:
+        if not self._ended:
+            self._ended = True
+            self._worker.cancel(self._id)
+
+
+def _to_error(failure: worker_pb2.Failure) -> errors.AgentError:
+    if failure.kind == worker_pb2.FAILURE_KIND_INVALID:
+        return errors.InvalidError(failure.field, failure.message)
+    if failure.kind == worker_pb2.FAILURE_KIND_TOO_LARGE:
+        return errors.TooLargeError(failure.message, failure.needed_bytes, failure.available_bytes)
+    return _PLAIN_ERRORS.get(failure.kind, errors.EngineError)(failure.message)
+
+
+def _why(status: int) -> str:
+    return f"signal {-status}" if status < 0 else f"exit status {status}"

@@ -1,0 +1,1 @@
+"""The gRPC surface: each servicer translates, calls, translates, and has no logic of its own."""

@@ -1,0 +1,82 @@
+"""DeviceService: what the device is, how its memory is divided, how it feels."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import psutil
+
+from edgellm.bundle.config import EngineConfig
+from edgellm.v1 import device_pb2, device_pb2_grpc
+from edgellm_agent.errors import InvalidError
+from edgellm_agent.lifecycle import EngineManager
+from edgellm_agent.services import status
+from edgellm_agent.telemetry.sampler import Sampler
+
+_SHORTEST_INTERVAL_S = 0.1
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What does not change while the agent runs."""
+
+    device: str
+    agent_version: str
+
+
+class DeviceServicer(device_pb2_grpc.DeviceServiceServicer):
+    """Info, memory plan, telemetry."""
+
+    def __init__(self, identity: Identity, manager: EngineManager, sampler: Sampler) -> None:
+        self._identity = identity
+        self._manager = manager
+        self._sampler = sampler
+
+    @status.unary
+    async def GetInfo(
+        self,
+        request: device_pb2.GetInfoRequest,
+        context: status.Context,
+    ) -> device_pb2.GetInfoResponse:
+        policy = self._manager.policy
+        memory = policy.memory
+        return device_pb2.GetInfoResponse(
+            device=self._identity.device,
+            agent_version=self._identity.agent_version,
+            profile=memory.profile.name,
+            simulated=memory.simulated,
+            runtimes=[device_pb2.RuntimeInfo(name=n, version=v) for n, v in policy.runtimes.items()],
+            memory_total_bytes=psutil.virtual_memory().total,
+            memory_available_bytes=self._manager.available_bytes(),
+            disk_free_bytes=self._manager.store.free_bytes(),
+            active_engine=self._manager.active_digest() or "",
+        )
+
+    @status.unary
+    async def GetMemoryPlan(
+        self,
+        request: device_pb2.GetMemoryPlanRequest,
+        context: status.Context,
+    ) -> device_pb2.GetMemoryPlanResponse:
+        if request.config:
+            try:
+                config = EngineConfig.from_json(request.config)
+            except ValueError as error:
+                raise InvalidError("config", str(error).replace("\n", " ")) from None
+            plan = self._manager.plan_for(config)
+        else:
+            plan = self._manager.engine_for("").plan
+        return device_pb2.GetMemoryPlanResponse(plan=plan.to_proto())
+
+    @status.stream
+    async def WatchTelemetry(
+        self,
+        request: device_pb2.WatchTelemetryRequest,
+        context: status.Context,
+    ) -> AsyncIterator[device_pb2.WatchTelemetryResponse]:
+        interval_s = request.interval_s or 1.0
+        if not interval_s >= _SHORTEST_INTERVAL_S:
+            raise InvalidError("interval_s", f"must be at least {_SHORTEST_INTERVAL_S}, not {interval_s}")
+        async for record in self._sampler.records(interval_s):
+            yield device_pb2.WatchTelemetryResponse(telemetry=record)

@@ -1,0 +1,123 @@
+"""Names of MQTT topics and the events that travel on them, to bytes and back; knows no MQTT client."""
+
+import inspect
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from google.protobuf import json_format
+from google.protobuf.message import DecodeError
+
+from edgellm.v1 import telemetry_pb2
+
+Encoding: TypeAlias = Literal["json", "protobuf"]
+CONTENT_TYPES: dict[Encoding, str] = {
+    "json": "application/json",
+    "protobuf": "application/protobuf; proto=edgellm.v1.Event",
+}
+# Wildcards, slashes and "$" would change which topic is meant.
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+# The parts of a record that each telemetry topic carries.
+TELEMETRY: dict[str, tuple[str, ...]] = {
+    "thermal": ("thermal",),
+    "power": ("power",),
+    "runtime": ("runtime", "compute", "memory"),
+}
+# A zero that is known ("online": false) is shown, a field that is absent is not. Renamed in protobuf 5.26.
+_SHOW_ZEROS = next(
+    name
+    for name in ("always_print_fields_with_no_presence", "including_default_value_fields")
+    if name in inspect.signature(json_format.MessageToDict).parameters
+)
+
+
+@dataclass(frozen=True)
+class DeviceTopics:
+    """The topics of one device."""
+
+    tenant: str
+    group: str
+    device: str
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a name that cannot be one level of a topic."""
+        for name in (self.tenant, self.group, self.device):
+            if not re.fullmatch(NAME_PATTERN, name):
+                raise ValueError(
+                    f"{name!r} cannot be part of a topic: letters, digits, '.', '_', '-', at most 64"
+                )
+
+    @property
+    def source(self) -> str:
+        """The `source` of the device's events."""
+        return f"edgellm/{self.tenant}/{self.group}/{self.device}"
+
+    @property
+    def state(self) -> str:
+        """Birth and will, retained."""
+        return f"edgellm/v1/{self.tenant}/{self.group}/{self.device}/state"
+
+    def telemetry(self, name: str) -> str:
+        """One of `TELEMETRY`."""
+        return f"edgellm/v1/{self.tenant}/{self.group}/{self.device}/tele/{name}"
+
+
+def telemetry_events(
+    topics: DeviceTopics, session: int, record: telemetry_pb2.Telemetry
+) -> Iterator[tuple[str, telemetry_pb2.Event]]:
+    """Give topic and event for each topic that the record has something for."""
+    for name, fields in TELEMETRY.items():
+        present = [field for field in fields if record.HasField(field)]  # type: ignore[arg-type]
+        if not present:
+            continue
+        event = telemetry_pb2.Event(
+            id=f"{session}-{record.sequence}-{name}",
+            source=topics.source,
+            type=f"edgellm.telemetry.{name}.v1",
+            time=record.time,
+            telemetry=telemetry_pb2.Telemetry(
+                sequence=record.sequence, time=record.time, monotonic_ns=record.monotonic_ns
+            ),
+        )
+        for field in present:
+            getattr(event.telemetry, field).CopyFrom(getattr(record, field))
+        yield topics.telemetry(name), event
+
+
+def state_event(
+    topics: DeviceTopics, state: telemetry_pb2.DeviceState, *, revision: int, time_ns: int | None
+) -> telemetry_pb2.Event:
+    """Give the event that tells a device's state; a will cannot know its hour: `time_ns` None."""
+    event = telemetry_pb2.Event(
+        id=f"{state.session}-state-{revision}", source=topics.source, type="edgellm.state.v1", state=state
+    )
+    if time_ns is not None:
+        event.time.FromNanoseconds(time_ns)
+    return event
+
+
+def encode(event: telemetry_pb2.Event, encoding: Encoding) -> bytes:
+    """Give the payload; the same event gives the same bytes."""
+    if encoding == "protobuf":
+        return event.SerializeToString(deterministic=True)
+    options: dict[str, Any] = {"preserving_proto_field_name": True, _SHOW_ZEROS: True}
+    fields = json_format.MessageToDict(event, **options)
+    return json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def decode(payload: bytes) -> telemetry_pb2.Event:
+    """Give the event of a payload in either encoding; raises ValueError if it is neither.
+
+    MQTT 3.1.1 has no content type, but no binary event begins with a brace: that would be field 15.
+    """
+    event = telemetry_pb2.Event()
+    try:
+        if payload[:1] == b"{":
+            json_format.Parse(payload, event, ignore_unknown_fields=True)
+        else:
+            event.ParseFromString(payload)
+    except (json_format.ParseError, DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"not an edgellm.v1.Event: {error}") from error
+    return event

@@ -1,0 +1,116 @@
+"""Text to tokens and back: tokenizer, chat template, and a stream that never shows half a character or a stop
+string.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from edgellm.bundle.config import EngineConfig
+
+
+class PromptError(ValueError):
+    """The prompt cannot be turned into tokens; `field` names what is wrong in the request."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class TextModel:
+    """Tokenizer and chat template of one engine."""
+
+    def __init__(self, directory: Path, config: EngineConfig) -> None:
+        self._tokenizer = Tokenizer.from_file(str(directory / config.files.tokenizer))
+        self._tokens = config.tokens
+        self._template = None
+        if config.files.chat_template is not None:
+            # A bundle's template is a program from elsewhere: it sees the messages and nothing else.
+            environment = ImmutableSandboxedEnvironment(
+                trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            )
+            environment.globals["raise_exception"] = _raise_exception
+            source = (directory / config.files.chat_template).read_text(encoding="utf-8")
+            self._template = environment.from_string(source)
+
+    def encode(self, prompt: str) -> list[int]:
+        """Token ids of a plain prompt."""
+        ids = self._tokenizer.encode(prompt, add_special_tokens=False).ids
+        if self._tokens.add_bos and self._tokens.bos_id is not None and ids[:1] != [self._tokens.bos_id]:
+            ids = [self._tokens.bos_id, *ids]
+        if not ids:
+            raise PromptError("prompt", "the prompt is empty")
+        return list(ids)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a conversation, ready for the assistant's answer."""
+        if self._template is None:
+            raise PromptError("chat", "this engine has no chat template; send `prompt` instead")
+        if not messages:
+            raise PromptError("chat.messages", "a conversation needs at least one message")
+        try:
+            text = self._template.render(
+                messages=[dict(m) for m in messages],
+                add_generation_prompt=True,
+                bos_token=self._token(self._tokens.bos_id),
+                eos_token=self._token(self._tokens.eos_ids[0]),
+            )
+        except TemplateError as error:
+            raise PromptError("chat.messages", f"the model's chat template refused them: {error}") from error
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def stream(self, stop: Sequence[str] = ()) -> TextStream:
+        """A new stream for one answer."""
+        return TextStream(self._tokenizer, stop)
+
+    def _token(self, token_id: int | None) -> str:
+        return "" if token_id is None else (self._tokenizer.id_to_token(token_id) or "")
+
+
+class TextStream:
+    """Turns the tokens of one answer into text, whole characters at a time.
+
+    Text that could be the beginning of a stop string is held back until it is known to be none.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = DecodeStream(skip_special_tokens=True)
+        self._stop = tuple(stop)
+        self._held = ""
+        self.stopped = False
+
+    def push(self, token: int) -> str:
+        """Text that is now sure; sets `stopped` when a stop string was met."""
+        self._held += self._decoder.step(self._tokenizer, token) or ""
+        met = [at for at in (self._held.find(s) for s in self._stop) if at >= 0]
+        if met:
+            self.stopped = True
+            text, self._held = self._held[: min(met)], ""
+            return text
+        keep = self._possible_stop()
+        text, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return text
+
+    def finish(self) -> str:
+        """What was held back, once no more tokens come."""
+        text, self._held = self._held, ""
+        return text
+
+    def _possible_stop(self) -> int:
+        """Length of the longest end of the held text that begins some stop string."""
+        longest = max((len(s) for s in self._stop), default=1) - 1
+        for length in range(min(longest, len(self._held)), 0, -1):
+            if any(s.startswith(self._held[-length:]) for s in self._stop):
+                return length
+        return 0
+
+
+def _raise_exception(message: str) -> None:
+    raise TemplateError(message)
