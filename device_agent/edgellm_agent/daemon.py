@@ -103,6 +103,7 @@ def _manager(settings: AgentSettings) -> EngineManager:
         threads=settings.threads,
         max_waiting=settings.max_waiting,
         load_timeout_s=settings.load_timeout_s,
+        poll_s=settings.telemetry_interval_s,
         drain_s=settings.drain_s,
     )
     return EngineManager(

@@ -32,6 +32,14 @@ class BusyError(AgentError):
         self.retry_after_s = retry_after_s
 
 
+class ConflictError(AgentError):
+    """Somebody else is just doing this; begin again after a moment."""
+
+    def __init__(self, message: str, retry_after_s: float = 0.5) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
 class UnavailableError(AgentError):
     """The engine is starting, restarting or draining."""
 

@@ -70,6 +70,7 @@ class Policy:
     threads: int = 0
     max_waiting: int = 64
     load_timeout_s: float = 300.0
+    poll_s: float = 1.0
     drain_s: float = 30.0
 
 
@@ -199,15 +200,17 @@ class EngineManager:
         return memory.plan(config, memory.available_in_place_of(resident))
 
     def expected_blob(self, digest: str, size_bytes: int) -> Descriptor:
-        """A blob that some prepared push has; others would fill the disk with what nobody asked for.
+        """A blob of an engine that is here or on its way; others would fill the disk unasked.
 
         Raises PreconditionError.
         """
         for row in self.registry.engines():
-            manifest = None if row.ready else self._manifest(row.digest)
+            manifest = self._manifest(row.digest)
             if manifest and any((b.digest, b.size_bytes) == (digest, size_bytes) for b in manifest.blobs()):
                 return Descriptor("", digest, size_bytes)
-        raise PreconditionError(f"no push that was prepared here has a blob {digest} of {size_bytes} bytes")
+        raise PreconditionError(
+            f"no engine here, and no prepared push, has a blob {digest} of {size_bytes} bytes"
+        )
 
     async def activate(self, name: str, on_phase: Callable[[Phase], None] = lambda _: None) -> None:
         """Verifies, loads and tries an engine, then makes it the active one.
@@ -290,6 +293,7 @@ class EngineManager:
             prefill_tokens=policy.memory.prefill_tokens,
             max_waiting=policy.max_waiting,
             load_timeout_s=policy.load_timeout_s,
+            poll_s=policy.poll_s,
         )
 
         def plan() -> MemoryPlan:

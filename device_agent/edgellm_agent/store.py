@@ -23,7 +23,7 @@ from pathlib import Path
 from edgellm.bundle import digest as digests
 from edgellm.bundle.manifest import Descriptor, EngineManifest
 from edgellm_agent.errors import (
-    BusyError,
+    ConflictError,
     DataLossError,
     InvalidError,
     NotFoundError,
@@ -127,10 +127,10 @@ class Store:
     def ingest(self, blob: Descriptor, offset_bytes: int) -> Ingest:
         """Begins or resumes a write.
 
-        Raises OffsetError with the right offset, or BusyError if another writes it.
+        Raises OffsetError with the right offset, or ConflictError if another writes it.
         """
         if blob.digest in self._writing:
-            raise BusyError(f"{blob.digest} is being written by another push")
+            raise ConflictError(f"{blob.digest} is being written by another push")
         if offset_bytes != self.status(blob.digest):
             raise OffsetError(blob.digest, self.status(blob.digest))
         self._writing.add(blob.digest)

@@ -22,7 +22,6 @@ _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 30.0
 # A worker that has lived so long starts with the first pause again.
 _HEALTHY_S = 60.0
-_POLL_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,7 @@ class EngineSpec:
     prefill_tokens: int
     max_waiting: int
     load_timeout_s: float
+    poll_s: float
 
 
 @dataclass
@@ -188,11 +188,11 @@ class SupervisedEngine:
                 self.state = "serving"
 
     async def _poll(self) -> None:
-        """Asks the worker for its figures once a second."""
+        """Asks the worker for its figures, as often as telemetry wants them."""
         loop = asyncio.get_running_loop()
         asked = loop.time()
         while True:
-            await asyncio.sleep(_POLL_S)
+            await asyncio.sleep(self.spec.poll_s)
             worker = self._worker
             if worker is None:
                 self._rates = Rates()

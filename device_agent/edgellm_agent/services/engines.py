@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+from typing import TypeVar
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -12,6 +14,8 @@ from edgellm.v1 import engines_pb2, engines_pb2_grpc
 from edgellm_agent.errors import InvalidError
 from edgellm_agent.lifecycle import EngineManager, Phase, StoredEngine
 from edgellm_agent.services import status
+
+Result = TypeVar("Result")
 
 
 class EngineServicer(engines_pb2_grpc.EngineServiceServicer):
@@ -57,8 +61,8 @@ class EngineServicer(engines_pb2_grpc.EngineServiceServicer):
         ingest = await asyncio.to_thread(self._manager.store.ingest, blob, header.offset_bytes)
         try:
             async for message in request_iterator:
-                await asyncio.to_thread(ingest.write, message.chunk)
-            await asyncio.to_thread(ingest.commit)
+                await _in_thread(partial(ingest.write, message.chunk))
+            await _in_thread(ingest.commit)
         finally:
             ingest.close()
         return engines_pb2.WriteBlobResponse(size_bytes=ingest.offset_bytes)
@@ -120,3 +124,13 @@ class EngineServicer(engines_pb2_grpc.EngineServiceServicer):
             added_at=added_at,
             active=stored.digest == self._manager.active_digest(),
         )
+
+
+async def _in_thread(function: Callable[[], Result]) -> Result:
+    """Runs a blocking function; a cancelled call waits for it: its file must not be closed under it."""
+    thread = asyncio.ensure_future(asyncio.to_thread(function))
+    try:
+        return await asyncio.shield(thread)
+    except asyncio.CancelledError:
+        await asyncio.wait([thread])
+        raise

@@ -38,6 +38,7 @@ _CODES: tuple[tuple[type[Exception], int], ...] = (
     (errors.NotFoundError, code_pb2.NOT_FOUND),
     (errors.DataLossError, code_pb2.DATA_LOSS),
     (errors.OffsetError, code_pb2.ABORTED),
+    (errors.ConflictError, code_pb2.ABORTED),
     (errors.DeadlineError, code_pb2.DEADLINE_EXCEEDED),
     (errors.CancelledError, code_pb2.CANCELLED),
     (errors.EngineError, code_pb2.INTERNAL),
@@ -99,7 +100,7 @@ def _details(error: Exception) -> list[Message]:
         case errors.OffsetError():
             offset = {"offset_bytes": str(error.offset_bytes)}
             return [error_details_pb2.ErrorInfo(reason="OFFSET", domain=_DOMAIN, metadata=offset)]
-        case errors.BusyError() | errors.UnavailableError():
+        case errors.BusyError() | errors.ConflictError() | errors.UnavailableError():
             delay = Duration()
             delay.FromNanoseconds(int(error.retry_after_s * 1e9))
             return [error_details_pb2.RetryInfo(retry_delay=delay)]

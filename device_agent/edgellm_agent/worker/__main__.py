@@ -21,6 +21,7 @@ from edgellm_agent.runtimes.base import EngineLoadError, LoadPlan, ModelRunner
 from edgellm_agent.worker.kv_memory import KvGeometry, KvMemory
 from edgellm_agent.worker.kv_pool import KvPool
 from edgellm_agent.worker.loop import EngineLoop, LoadedEngine
+from edgellm_agent.worker.requests import Room
 from edgellm_agent.worker.scheduler import Limits, Scheduler
 from edgellm_agent.worker.text import TextModel
 
@@ -71,7 +72,7 @@ def _load(load: worker_pb2.Load, channel: WorkerChannel) -> EngineLoop:
     runner.load(LoadPlan(directory, config, memory.keys, memory.values, load.threads or _usable_cores()))
     engine = LoadedEngine(
         config=config,
-        context_tokens=plan.context_tokens,
+        room=Room(plan.context_tokens, pool),
         runner=runner,
         text=TextModel(directory, config),
         pool=pool,

@@ -14,6 +14,15 @@ from dataclasses import dataclass
 from edgellm_agent.worker.kv_memory import KvMemory
 
 
+class TooLargeError(Exception):
+    """The sequence would not fit even if it were alone; both figures in bytes."""
+
+    def __init__(self, needed_bytes: int, available_bytes: int) -> None:
+        super().__init__(f"needs {needed_bytes:,} bytes of KV cache, its bound is {available_bytes:,}")
+        self.needed_bytes = needed_bytes
+        self.available_bytes = available_bytes
+
+
 @dataclass(frozen=True)
 class KvStats:
     """Bytes of the cache; used <= promised <= bound."""
@@ -44,10 +53,10 @@ class KvPool:
         """Memory of a sequence of so many tokens."""
         return self._memory.geometry.bytes_for(tokens)
 
-    @property
-    def bound_bytes(self) -> int:
-        """The most that promises may add up to."""
-        return self._bound_bytes
+    def check_fits(self, tokens: int) -> None:
+        """Raises TooLargeError for a sequence that would not fit even if it were alone."""
+        if self.bytes_for(tokens) > self._bound_bytes:
+            raise TooLargeError(self.bytes_for(tokens), self._bound_bytes)
 
     def can_attach(self, promised_tokens: int) -> bool:
         """Whether `attach` would succeed now."""

@@ -16,10 +16,10 @@ from edgellm.bundle.config import EngineConfig
 from edgellm.v1 import inference_pb2, worker_pb2
 from edgellm_agent.ipc import WorkerChannel
 from edgellm_agent.runtimes.base import ModelRunner, Row, StepBatch
-from edgellm_agent.worker.kv_pool import KvPool
-from edgellm_agent.worker.requests import make_sequence
+from edgellm_agent.worker.kv_pool import KvPool, TooLargeError
+from edgellm_agent.worker.requests import Room, make_sequence
 from edgellm_agent.worker.sampler import sample
-from edgellm_agent.worker.scheduler import QueueFullError, Scheduler, TooLargeError, Work
+from edgellm_agent.worker.scheduler import QueueFullError, Scheduler, Work
 from edgellm_agent.worker.sequence import Sequence
 from edgellm_agent.worker.text import PromptError, TextModel
 
@@ -31,7 +31,7 @@ class LoadedEngine:
     """What the loop drives."""
 
     config: EngineConfig
-    context_tokens: int
+    room: Room
     runner: ModelRunner
     text: TextModel
     pool: KvPool
@@ -101,9 +101,7 @@ class EngineLoop:
             return
         try:
             engine = self._engine
-            self._scheduler.add(
-                make_sequence(submit, engine.text, engine.config, engine.context_tokens, self._clock())
-            )
+            self._scheduler.add(make_sequence(submit, engine.text, engine.config, engine.room, self._clock()))
         except PromptError as error:
             refuse(worker_pb2.FAILURE_KIND_INVALID, str(error), field=error.field)
         except TooLargeError as error:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import dataclass
 
 import numpy as np
 
 from edgellm.bundle.config import EngineConfig
 from edgellm.v1 import inference_pb2, worker_pb2
+from edgellm_agent.worker.kv_pool import KvPool
 from edgellm_agent.worker.sequence import SamplingParams, Sequence, Timeline
 from edgellm_agent.worker.text import PromptError, TextModel
 
@@ -18,24 +20,30 @@ _MAX_STOP_BYTES = 256
 _ROLES = ("system", "user", "assistant")
 
 
+@dataclass(frozen=True)
+class Room:
+    """What a sequence may grow to."""
+
+    context_tokens: int
+    pool: KvPool
+
+
 def make_sequence(
-    submit: worker_pb2.Submit, model: TextModel, config: EngineConfig, context_tokens: int, arrived: float
+    submit: worker_pb2.Submit, model: TextModel, config: EngineConfig, room: Room, arrived: float
 ) -> Sequence:
-    """The sequence for a request; raises PromptError with the field that is wrong."""
+    """The sequence for a request.
+
+    Raises PromptError with the field that is wrong, or TooLargeError if it is the memory, rather than the
+    context, that is too small.
+    """
     request = submit.request
     stop = _stop(request)
     params = _sampling(request.sampling)
     tokens = _tokens(request, model)
-    left = context_tokens - len(tokens)
-    if left < 1:
-        field = request.WhichOneof("input") or "prompt"
-        raise PromptError(
-            field, f"{len(tokens)} tokens do not leave room for an answer in a context of {context_tokens}"
-        )
-    if request.max_tokens > left:
-        raise PromptError(
-            "max_tokens", f"{request.max_tokens} asked, {left} are left of the context of {context_tokens}"
-        )
+    field = request.WhichOneof("input") or "prompt"
+    _check_room(len(tokens) + 1, room, field, f"{len(tokens)} tokens and an answer")
+    _check_room(len(tokens) + request.max_tokens, room, "max_tokens", f"{request.max_tokens} and the prompt")
+    left = room.context_tokens - len(tokens)
     seed = request.sampling.seed if request.sampling.HasField("seed") else None
     return Sequence(
         id=submit.id,
@@ -49,6 +57,12 @@ def make_sequence(
         deadline=time.monotonic() + submit.deadline_s if submit.deadline_s > 0 else None,
         timeline=Timeline(arrived=arrived),
     )
+
+
+def _check_room(tokens: int, room: Room, field: str, what: str) -> None:
+    room.pool.check_fits(tokens)
+    if tokens > room.context_tokens:
+        raise PromptError(field, f"{what} do not fit into the context of {room.context_tokens} tokens")
 
 
 def _tokens(request: inference_pb2.GenerateRequest, model: TextModel) -> list[int]:

@@ -19,15 +19,6 @@ class QueueFullError(Exception):
     """So many requests wait that another would wait too long."""
 
 
-class TooLargeError(Exception):
-    """The sequence would not fit even if it were alone."""
-
-    def __init__(self, needed_bytes: int, available_bytes: int) -> None:
-        super().__init__(f"needs {needed_bytes} bytes of KV cache, {available_bytes} are there")
-        self.needed_bytes = needed_bytes
-        self.available_bytes = available_bytes
-
-
 @dataclass(frozen=True)
 class Limits:
     """Bounds of the queue and of a step."""
@@ -64,9 +55,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queues a sequence; raises TooLargeError or QueueFullError."""
-        needed = self._pool.bytes_for(sequence.promised_tokens)
-        if needed > self._pool.bound_bytes:
-            raise TooLargeError(needed, self._pool.bound_bytes)
+        self._pool.check_fits(sequence.promised_tokens)
         if len(self._waiting) >= self._limits.max_waiting:
             raise QueueFullError
         self._waiting.append(sequence)

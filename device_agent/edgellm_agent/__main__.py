@@ -1,0 +1,5 @@
+"""`python -m edgellm_agent` is `edgellm-agent`."""
+
+from edgellm_agent.main import main
+
+main()

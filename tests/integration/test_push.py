@@ -1,0 +1,200 @@
+"""Pushing and activating engines on a real agent."""
+
+import os
+import subprocess
+
+import grpc
+import pytest
+
+from edgellm.errors import RemoteError
+from edgellm.v1 import engines_pb2
+from edgellm.v1.engines_pb2_grpc import EngineServiceStub
+from tests.conftest import make_bundle, push
+from tests.support.agents import running_agent
+
+
+def stored_files(agent):
+    return sorted(
+        str(p.relative_to(agent.state))
+        for p in agent.state.rglob("*")
+        if p.is_file() and "registry" not in p.name
+    )
+
+
+def refused(agent, bundle):
+    (variant,) = bundle.variants
+    before = stored_files(agent)
+    with agent.client() as client, pytest.raises(RemoteError) as error:
+        client.push(bundle, variant.digest)
+    assert stored_files(agent) == before
+    return error.value
+
+
+def test_a_pushed_engine_is_listed_and_answers_after_activation(agent, tiny):
+    digest = push(agent, tiny)
+    with agent.client() as client:
+        (engine,) = client.engines()
+        assert (engine.digest, engine.name, engine.active) == (digest, "tiny", True)
+        assert client.models()[0].active
+        assert client.info().active_engine == digest
+        with client.generate("Hello", max_tokens=5, ignore_eos=True) as answer:
+            assert sum(len(chunk.token_ids) for chunk in answer) == 5
+
+
+def test_what_the_device_has_is_not_sent_again(serving, tiny):
+    (variant,) = tiny.variants
+    with serving.client() as client:
+        again = client.push(tiny, variant.digest)
+    assert again.sent_bytes == 0
+
+
+def test_a_second_engine_takes_over_and_the_first_can_be_removed(serving, tiny, other_tiny):
+    (first,) = tiny.variants
+    with serving.client() as client:
+        with pytest.raises(RemoteError, match="is active"):
+            client.remove("tiny")
+        second = push(serving, other_tiny)
+        assert client.info().active_engine == second
+        assert client.remove("tiny") > 0
+        assert [e.digest for e in client.engines()] == [second]
+    assert first.digest.removeprefix("sha256:") not in " ".join(stored_files(serving))
+
+
+def test_a_cut_push_goes_on_where_it_was_cut(agent, tiny):
+    (variant,) = tiny.variants
+    manifest = tiny.manifest(variant.digest)
+    shard = max(manifest.layers, key=lambda layer: layer.size_bytes)
+    half = shard.size_bytes // 2
+    with grpc.insecure_channel(agent.target) as channel:
+        stub = EngineServiceStub(channel)
+        config = tiny.blob_path(manifest.config.digest).read_bytes()
+        stub.Prepare(engines_pb2.PrepareRequest(manifest=manifest.to_json(), config=config))
+
+        def until_the_link_drops():
+            header = engines_pb2.BlobHeader(digest=shard.digest, size_bytes=shard.size_bytes)
+            yield engines_pb2.WriteBlobRequest(header=header)
+            yield engines_pb2.WriteBlobRequest(chunk=tiny.blob_path(shard.digest).read_bytes()[:half])
+            raise ConnectionError("the link drops")
+
+        with pytest.raises(grpc.RpcError):
+            stub.WriteBlob(until_the_link_drops())
+    with agent.client() as client:
+        result = client.push(tiny, variant.digest)
+    everything = sum(blob.size_bytes for blob in manifest.blobs())
+    assert result.sent_bytes == everything - half - manifest.config.size_bytes
+
+
+def test_bytes_that_do_not_match_their_digest_are_refused_and_dropped(agent, tiny):
+    (variant,) = tiny.variants
+    manifest = tiny.manifest(variant.digest)
+    layer = manifest.layers[0]
+    data = bytearray(tiny.blob_path(layer.digest).read_bytes())
+    data[len(data) // 2] ^= 1
+    with grpc.insecure_channel(agent.target) as channel:
+        stub = EngineServiceStub(channel)
+        config = tiny.blob_path(manifest.config.digest).read_bytes()
+        stub.Prepare(engines_pb2.PrepareRequest(manifest=manifest.to_json(), config=config))
+        before = stored_files(agent)
+        messages = [
+            engines_pb2.WriteBlobRequest(
+                header=engines_pb2.BlobHeader(digest=layer.digest, size_bytes=layer.size_bytes)
+            ),
+            engines_pb2.WriteBlobRequest(chunk=bytes(data)),
+        ]
+        with pytest.raises(grpc.RpcError) as error:
+            stub.WriteBlob(iter(messages))
+        assert error.value.code() == grpc.StatusCode.DATA_LOSS
+        assert stored_files(agent) == before
+        with pytest.raises(grpc.RpcError) as error:
+            stub.Commit(engines_pb2.CommitRequest(digest=manifest.digest))
+        assert error.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+
+
+def test_a_blob_that_no_push_asked_for_is_refused(agent):
+    header = engines_pb2.BlobHeader(digest="sha256:" + "0" * 64, size_bytes=10)
+    with grpc.insecure_channel(agent.target) as channel, pytest.raises(grpc.RpcError) as error:
+        EngineServiceStub(channel).WriteBlob(iter([engines_pb2.WriteBlobRequest(header=header)]))
+    assert error.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+
+
+def test_an_engine_for_another_runtime_is_refused_before_a_byte_is_copied(agent, tmp_path):
+    error = refused(agent, make_bundle(tmp_path, runtime="tensorrt"))
+    assert error.code == "FAILED_PRECONDITION"
+    assert "tensorrt" in str(error)
+    assert "onnxruntime" in str(error)
+
+
+def test_an_engine_for_another_runtime_version_is_refused(agent, tmp_path):
+    error = refused(agent, make_bundle(tmp_path, runtime_requires=">=99"))
+    assert error.code == "FAILED_PRECONDITION"
+    assert ">=99" in str(error)
+
+
+@pytest.mark.parametrize(
+    "target", [{"profile": "thor-t5000", "sm": "11.0"}, {"profile": "x", "architecture": "arm64"}]
+)
+def test_an_engine_for_another_target_is_refused(agent, tmp_path, target):
+    if target.get("architecture") == "arm64" and os.uname().machine == "aarch64":
+        pytest.skip("this machine is that target")
+    assert refused(agent, make_bundle(tmp_path, target=target)).code == "FAILED_PRECONDITION"
+
+
+def test_an_engine_that_is_too_large_for_the_device_is_refused_with_the_figures(agent, tmp_path):
+    footprint = {"weights_bytes": 6 << 30, "workspace_base_bytes": 0, "workspace_bytes_per_token": 0}
+    error = refused(agent, make_bundle(tmp_path, footprint=footprint))
+    assert error.code == "RESOURCE_EXHAUSTED"
+    assert error.needed_bytes > 6 << 30 > error.available_bytes > 0
+
+
+def test_a_full_disk_refuses_the_push_before_the_first_byte(short_dir, tiny):
+    if subprocess.run(["unshare", "-rm", "true"], check=False).returncode != 0:
+        pytest.skip("needs user namespaces, for a small file system of its own")
+    mount = f'mkdir -p {short_dir}/state && mount -t tmpfs -o size=300k tmpfs {short_dir}/state && exec "$@"'
+    with running_agent(short_dir, prefix=("unshare", "-rm", "sh", "-c", mount, "sh")) as agent:
+        (variant,) = tiny.variants
+        with agent.client() as client:
+            with pytest.raises(RemoteError, match="free on the device's disk") as error:
+                client.push(tiny, variant.digest)
+            assert error.value.code == "RESOURCE_EXHAUSTED"
+            assert error.value.needed_bytes > error.value.available_bytes
+            assert client.engines() == []
+
+
+def test_an_engine_that_was_changed_on_disk_is_not_activated(agent, tiny):
+    (variant,) = tiny.variants
+    shard = max(tiny.manifest(variant.digest).layers, key=lambda layer: layer.size_bytes)
+    with agent.client() as client:
+        client.push(tiny, variant.digest)
+        path = agent.state / "blobs" / "sha256" / shard.digest.removeprefix("sha256:")
+        path.chmod(0o640)
+        with path.open("r+b") as file:
+            file.seek(shard.size_bytes // 2)
+            file.write(b"\xff\x00\xff")
+        with pytest.raises(RemoteError, match=shard.title) as error:
+            client.activate(variant.digest)
+        assert error.value.code == "DATA_LOSS"
+        # A push brings the file again, and only that.
+        assert client.push(tiny, variant.digest).sent_bytes == shard.size_bytes
+        client.activate(variant.digest)
+
+
+def test_an_engine_that_does_not_load_leaves_the_old_one_serving(serving, tmp_path, tiny):
+    broken = make_bundle(
+        tmp_path, name="broken", files={"graph": "tokenizer.json", "tokenizer": "tokenizer.json"}
+    )
+    (variant,) = broken.variants
+    (old,) = tiny.variants
+    with serving.client() as client:
+        client.push(broken, variant.digest)
+        with pytest.raises(RemoteError, match="refused the graph") as error:
+            client.activate(variant.digest)
+        assert error.value.code == "INTERNAL"
+        assert client.info().active_engine == old.digest
+        with client.generate("Hello", max_tokens=3, ignore_eos=True) as answer:
+            assert len(list(answer)) >= 1
+
+
+def test_an_unknown_engine_is_not_found(agent):
+    with agent.client() as client, pytest.raises(RemoteError, match="no engine 'nothing'") as error:
+        client.activate("nothing")
+    assert error.value.code == "NOT_FOUND"

@@ -1,0 +1,252 @@
+"""A device in memory behind a real gRPC server: keeps the contract, and fails when it is told to."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent import futures
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+import grpc
+from google.protobuf import any_pb2, message
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from edgellm.bundle import EngineConfig, EngineManifest
+from edgellm.bundle import digest as digests
+from edgellm.errors import DoesNotFitError
+from edgellm.memory import plan_memory
+from edgellm.v1 import (
+    device_pb2,
+    device_pb2_grpc,
+    engines_pb2,
+    engines_pb2_grpc,
+    inference_pb2,
+    inference_pb2_grpc,
+    telemetry_pb2,
+)
+
+
+@dataclass
+class FakeDevice:
+    """State of the device, and what is to go wrong."""
+
+    profile: str = "orin-nano-8gb"
+    available_bytes: int = 5_200_000_000
+    answer: tuple[str, ...] = ("Hello", " ", "Jetson", ".")
+    blobs: dict[str, bytes] = field(default_factory=dict)
+    partial: dict[str, bytearray] = field(default_factory=dict)
+    engines: dict[str, EngineManifest] = field(default_factory=dict)
+    configs: dict[str, EngineConfig] = field(default_factory=dict)
+    active: str = ""
+    # Failures by digest: how often a blob is refused as corrupt, after how many bytes a stream is cut once.
+    corrupt: dict[str, int] = field(default_factory=dict)
+    cut_after_bytes: dict[str, int] = field(default_factory=dict)
+    wrong_offset_once: set[str] = field(default_factory=set)
+    busy_for_s: float | None = None
+    activation_fails: bool = False
+    # What was seen.
+    uploads: list[tuple[str, int]] = field(default_factory=list)
+    requests: list[inference_pb2.GenerateRequest] = field(default_factory=list)
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+
+def refuse(context: grpc.ServicerContext, code: int, text: str, *details: message.Message) -> NoReturn:
+    """Ends a call with a google.rpc status."""
+    status = status_pb2.Status(code=code, message=text)
+    for detail in details:
+        packed = any_pb2.Any()
+        packed.Pack(detail)
+        status.details.append(packed)
+    context.abort_with_status(rpc_status.to_status(status))
+    raise AssertionError("unreachable")
+
+
+class FakeDeviceService(device_pb2_grpc.DeviceServiceServicer):
+    def __init__(self, device: FakeDevice) -> None:
+        self.device = device
+
+    def GetInfo(self, request, context):
+        return device_pb2.GetInfoResponse(
+            device="fake-01",
+            agent_version="0.1.0",
+            profile=self.device.profile,
+            simulated=True,
+            runtimes=[device_pb2.RuntimeInfo(name="onnxruntime", version="1.32.0")],
+            memory_total_bytes=8 << 30,
+            memory_available_bytes=self.device.available_bytes,
+            disk_free_bytes=1 << 30,
+            active_engine=self.device.active,
+        )
+
+    def GetMemoryPlan(self, request, context):
+        if not request.config and not self.device.active:
+            refuse(context, code_pb2.FAILED_PRECONDITION, "no engine is active")
+        config = (
+            EngineConfig.from_json(request.config)
+            if request.config
+            else self.device.configs[self.device.active]
+        )
+        return device_pb2.GetMemoryPlanResponse(plan=plan(self.device, config))
+
+    def WatchTelemetry(self, request, context):
+        context.add_callback(self.device.cancelled.set)
+        sequence = 0
+        while not self.device.cancelled.wait(request.interval_s if sequence else 0):
+            sequence += 1
+            yield device_pb2.WatchTelemetryResponse(telemetry=telemetry_pb2.Telemetry(sequence=sequence))
+
+
+class FakeEngineService(engines_pb2_grpc.EngineServiceServicer):
+    def __init__(self, device: FakeDevice) -> None:
+        self.device = device
+
+    def Prepare(self, request, context):
+        manifest = EngineManifest.parse(request.manifest)
+        config = manifest.parse_config(request.config)
+        if config.target.profile != self.device.profile:
+            refuse(context, code_pb2.FAILED_PRECONDITION, f"this engine is for {config.target.profile}")
+        try:
+            granted = plan(self.device, config)
+        except DoesNotFitError as error:
+            figures = {"needed_bytes": str(error.needed_bytes), "available_bytes": str(error.available_bytes)}
+            refuse(
+                context,
+                code_pb2.RESOURCE_EXHAUSTED,
+                error.message,
+                error_details_pb2.ErrorInfo(metadata=figures),
+            )
+        self.device.engines.setdefault(manifest.digest, manifest)
+        self.device.configs[manifest.digest] = config
+        missing = [
+            engines_pb2.MissingBlob(
+                digest=blob.digest,
+                size_bytes=blob.size_bytes,
+                offset_bytes=len(self.device.partial.get(blob.digest, b"")),
+            )
+            for blob in manifest.blobs()
+            if blob.digest not in self.device.blobs
+        ]
+        return engines_pb2.PrepareResponse(digest=manifest.digest, missing=missing, plan=granted)
+
+    def WriteBlob(self, request_iterator, context):
+        header = next(request_iterator).header
+        have = self.device.partial.setdefault(header.digest, bytearray())
+        self.device.uploads.append((header.digest, header.offset_bytes))
+        if header.digest in self.device.wrong_offset_once or header.offset_bytes != len(have):
+            self.device.wrong_offset_once.discard(header.digest)
+            refuse(context, code_pb2.ABORTED, f"the device has {len(have)} bytes")
+        for part in request_iterator:
+            assert len(part.chunk) <= 1 << 20
+            have.extend(part.chunk)
+            if len(have) > self.device.cut_after_bytes.get(header.digest, len(have)):
+                del self.device.cut_after_bytes[header.digest]
+                context.abort(grpc.StatusCode.UNAVAILABLE, "connection reset")
+        if len(have) < header.size_bytes:
+            refuse(context, code_pb2.ABORTED, "the stream ended early")
+        del self.device.partial[header.digest]
+        if self.device.corrupt.get(header.digest, 0) or digests.of_bytes(bytes(have)) != header.digest:
+            self.device.corrupt[header.digest] = self.device.corrupt.get(header.digest, 1) - 1
+            refuse(context, code_pb2.DATA_LOSS, f"{header.digest} does not match")
+        self.device.blobs[header.digest] = bytes(have)
+        return engines_pb2.WriteBlobResponse(size_bytes=len(have))
+
+    def Commit(self, request, context):
+        manifest = self.device.engines[request.digest]
+        if any(blob.digest not in self.device.blobs for blob in manifest.blobs()):
+            refuse(context, code_pb2.FAILED_PRECONDITION, "blobs are missing")
+        return engines_pb2.CommitResponse(engine=self.engine(request.digest))
+
+    def Activate(self, request, context):
+        if request.engine not in self.device.engines:
+            refuse(context, code_pb2.NOT_FOUND, f"no engine {request.engine}")
+        yield engines_pb2.ActivateResponse(phase=engines_pb2.ACTIVATION_PHASE_LOADING, elapsed_s=0.1)
+        if self.device.activation_fails:
+            refuse(context, code_pb2.INTERNAL, "the canary failed")
+        self.device.active = request.engine
+        yield engines_pb2.ActivateResponse(
+            phase=engines_pb2.ACTIVATION_PHASE_COMMITTED,
+            elapsed_s=0.2,
+            plan=plan(self.device, self.device.configs[request.engine]),
+        )
+
+    def ListEngines(self, request, context):
+        return engines_pb2.ListEnginesResponse(
+            engines=[self.engine(digest) for digest in self.device.engines]
+        )
+
+    def RemoveEngine(self, request, context):
+        if request.engine not in self.device.engines:
+            refuse(context, code_pb2.NOT_FOUND, f"no engine {request.engine}")
+        return engines_pb2.RemoveEngineResponse(
+            freed_bytes=self.device.engines.pop(request.engine).size_bytes
+        )
+
+    def engine(self, digest: str) -> engines_pb2.Engine:
+        config = self.device.configs[digest]
+        return engines_pb2.Engine(
+            digest=digest,
+            name=config.name,
+            runtime=config.runtime,
+            precision=config.precision.weights,
+            size_bytes=self.device.engines[digest].size_bytes,
+            active=digest == self.device.active,
+        )
+
+
+class FakeInferenceService(inference_pb2_grpc.InferenceServiceServicer):
+    def __init__(self, device: FakeDevice) -> None:
+        self.device = device
+
+    def Generate(self, request, context):
+        self.device.requests.append(request)
+        context.add_callback(self.device.cancelled.set)
+        if self.device.busy_for_s is not None:
+            retry = error_details_pb2.RetryInfo()
+            retry.retry_delay.FromMilliseconds(int(self.device.busy_for_s * 1000))
+            refuse(context, code_pb2.UNAVAILABLE, "the engine restarts", retry)
+        if not request.prompt and not request.chat.messages:
+            violation = error_details_pb2.BadRequest.FieldViolation(field="prompt", description="is empty")
+            refuse(
+                context,
+                code_pb2.INVALID_ARGUMENT,
+                "the prompt is empty",
+                error_details_pb2.BadRequest(field_violations=[violation]),
+            )
+        yield from self.stream(request)
+
+    def stream(self, request: inference_pb2.GenerateRequest) -> Iterator[inference_pb2.GenerateResponse]:
+        pieces = self.device.answer[: request.max_tokens or None]
+        for number, text in enumerate(pieces):
+            yield inference_pb2.GenerateResponse(request_id="r1", token_ids=[number], text=text)
+        yield inference_pb2.GenerateResponse(
+            request_id="r1",
+            finish_reason=inference_pb2.FINISH_REASON_STOP,
+            usage=inference_pb2.Usage(prompt_tokens=3, completion_tokens=len(pieces), kv_bytes=4096),
+            timings=inference_pb2.Timings(queue_s=0.01, ttft_s=0.1, decode_s=0.3),
+        )
+
+    def ListModels(self, request, context):
+        models = [
+            inference_pb2.Model(
+                name=config.name, digest=digest, context_tokens=2048, active=digest == self.device.active
+            )
+            for digest, config in self.device.configs.items()
+        ]
+        return inference_pb2.ListModelsResponse(models=models)
+
+
+def plan(device: FakeDevice, config: EngineConfig) -> device_pb2.MemoryPlan:
+    return plan_memory(config, available_bytes=device.available_bytes, headroom_bytes=1 << 20).to_proto()
+
+
+def serve(device: FakeDevice, address: str) -> tuple[grpc.Server, int]:
+    """Starts the server, which the caller stops; returns the port too, which is 1 for a Unix socket."""
+    server = grpc.server(futures.ThreadPoolExecutor(max_workers=8))
+    device_pb2_grpc.add_DeviceServiceServicer_to_server(FakeDeviceService(device), server)
+    engines_pb2_grpc.add_EngineServiceServicer_to_server(FakeEngineService(device), server)
+    inference_pb2_grpc.add_InferenceServiceServicer_to_server(FakeInferenceService(device), server)
+    port = server.add_insecure_port(address)
+    server.start()
+    return server, port

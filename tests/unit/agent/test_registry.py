@@ -1,0 +1,52 @@
+import sqlite3
+
+import pytest
+
+from edgellm_agent.registry import Registry
+
+
+@pytest.fixture
+def registry(tmp_path):
+    made = Registry(tmp_path / "registry.db")
+    yield made
+    made.close()
+
+
+def test_what_was_written_is_there_after_a_restart(registry, tmp_path):
+    registry.begin_push("sha256:a", "one", 1.0)
+    registry.end_push("sha256:a", 2.0)
+    registry.set_active("sha256:a")
+    again = Registry(tmp_path / "registry.db")
+    assert [(r.digest, r.name, r.ready) for r in again.engines()] == [("sha256:a", "one", True)]
+    assert again.active() == "sha256:a"
+    again.close()
+
+
+def test_pushing_an_engine_again_does_not_make_it_unready(registry):
+    registry.begin_push("sha256:a", "one", 1.0)
+    registry.end_push("sha256:a", 2.0)
+    registry.begin_push("sha256:a", "one", 3.0)
+    assert registry.engines()[0].ready
+
+
+def test_a_push_that_nobody_came_back_to_is_forgotten_and_a_ready_engine_is_not(registry):
+    registry.begin_push("sha256:a", "one", 1.0)
+    registry.begin_push("sha256:b", "two", 1.0)
+    registry.end_push("sha256:b", 1.0)
+    registry.begin_push("sha256:c", "three", 9.0)
+    registry.forget_pushes_before(5.0)
+    assert [r.digest for r in registry.engines()] == ["sha256:b", "sha256:c"]
+
+
+def test_the_active_engine_cannot_be_forgotten(registry):
+    registry.begin_push("sha256:a", "one", 1.0)
+    registry.set_active("sha256:a")
+    with pytest.raises(sqlite3.IntegrityError):
+        registry.remove("sha256:a")
+
+
+def test_there_is_one_active_engine(registry):
+    for digest in ("sha256:a", "sha256:b"):
+        registry.begin_push(digest, digest, 1.0)
+        registry.set_active(digest)
+    assert registry.active() == "sha256:b"
