@@ -30,7 +30,7 @@ ProfileOption = Annotated[
 ]
 PrecisionOption = Annotated[
     PrecisionName,
-    typer.Option("--precision", help="int4: smallest and fastest. int8: closest to the checkpoint."),
+    typer.Option("--precision", help="int4: smallest. int8: closest to the checkpoint."),
 ]
 OutputOption = Annotated[
     Path | None,
@@ -116,17 +116,14 @@ def _report(target: Path, digest: str, size_bytes: int, config: EngineConfig, *,
         facts = {"bundle": target, "digest": digest, "size_bytes": size_bytes}
         print_json({**facts, "config": config.model_dump(mode="json")})
         return
+    precision = config.precision
     print_facts(
         [
             ("bundle", str(target)),
             ("engine", config.name),
             ("digest", digest),
-            (
-                "weights",
-                f"{config.precision.weights}, groups of {config.precision.group_size}, "
-                f"{config.precision.scheme}",
-            ),
-            ("head", config.precision.head),
+            ("weights", f"{precision.weights}, groups of {precision.group_size}, {precision.scheme}"),
+            ("head", precision.head),
             ("size", human_bytes(size_bytes)),
             ("next", "edgellm push engine --device NAME"),
         ]

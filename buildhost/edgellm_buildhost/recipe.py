@@ -1,5 +1,25 @@
-"""Recipes: which tensor is rounded to which grid. This is where the quality and the speed of an engine
-are decided.
+"""Recipes: which tensor is rounded to which grid. The quality and the speed of an engine are decided here.
+
+INT4 is groups of 32 with a float minimum (`minima` says how a kernel without one computes it), because it
+gives weights that were published in this form (GGUF's Q4_1) back exactly, and costs less than a second
+product would. INT8 is groups of 64, symmetric: as close as groups of 32, with fewer bytes and faster.
+Embedding and head are always 8-bit.
+
+SmolLM2-135M-Instruct, whose published GGUF is Q4_1, on two virtual cores of an EPYC 9004 (AVX-512 VNNI)
+with ONNX Runtime 1.32; perplexity on the first 940 tokens of `pydoc_data.topics`, tokens per second at 1, 4
+and 8 rows, prefill of 512:
+
+    weights                                     perplexity     1     4     8   prefill   MB in shards
+    float32 (llama.cpp Q4_1 as a reference)          13.14
+    INT8, groups of 64                               13.18   135   372   483       983        147
+    INT8, groups of 32                               13.14   117   317   428       912        154
+    INT4, float minimum in extra columns             13.17   120   318   369       721        107
+    INT4, float minimum, float32 product aside       13.17    99   307   369       719        113
+    INT4, extra columns for qkv and gate/up only     13.58   123   319   414       763        106
+    INT4, integer zero point                         15.92   146   370   447       834        103
+    INT4, symmetric                                  15.25   129   318   416       732        101
+
+The source lies on a 4-bit grid already, so the order of the INT4 rows says nothing about other checkpoints.
 """
 
 from __future__ import annotations

@@ -55,23 +55,24 @@ async def running(settings: AgentSettings) -> AsyncIterator[EngineManager]:
         sampler = Sampler(
             detect_source(), lambda: _runtime(manager), interval_s=settings.telemetry_interval_s
         )
-        sampler.start()
-        stack.push_async_callback(sampler.close)
         server = Server(
             InferenceServicer(manager), EngineServicer(manager), DeviceServicer(identity, manager, sampler)
         )
         await server.start(settings.socket, settings.listen)
         stack.push_async_callback(server.stop, settings.drain_s)
+        # Closed before the server stops: calls that watch telemetry would otherwise use up its grace.
+        sampler.start()
+        stack.push_async_callback(sampler.close)
         publisher = _publisher(settings, identity, sampler)
         if publisher is not None:
             publisher.start()
             stack.push_async_callback(publisher.close)
 
         async def tell() -> None:
-            serving = manager.running is not None
+            serving = manager.running is not None and manager.running.state == "serving"
             await server.set_inference(serving=serving)
             if publisher is not None:
-                publisher.update_state(active_engine=(manager.active_digest() or "") if serving else "")
+                publisher.update_state(active_engine=manager.running.spec.digest if manager.running else "")
 
         changes: set[asyncio.Task[None]] = set()
 

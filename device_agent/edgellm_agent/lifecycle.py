@@ -227,6 +227,10 @@ class EngineManager:
 
             stored = self.find(name)
             self._check_target(stored.config)
+            serving = self._serving(stored)
+            if serving is not None:
+                reached(engines_pb2.ACTIVATION_PHASE_COMMITTED, serving.plan)
+                return
             reached(engines_pb2.ACTIVATION_PHASE_VERIFYING)
             await asyncio.to_thread(self.store.verify, stored.manifest)
             reached(engines_pb2.ACTIVATION_PHASE_LOADING)
@@ -244,6 +248,12 @@ class EngineManager:
             if old is not None:
                 await self._retire(old)
             reached(engines_pb2.ACTIVATION_PHASE_COMMITTED, engine.plan)
+
+    def _serving(self, stored: StoredEngine) -> SupervisedEngine | None:
+        """The running engine, if it is this one and answers."""
+        if self._active is None or self._active.stored.digest != stored.digest:
+            return None
+        return self._active.engine if self._active.engine.state == "serving" else None
 
     async def _load(self, stored: StoredEngine) -> SupervisedEngine:
         """Beside the old engine if memory allows, else in its place."""
@@ -300,7 +310,7 @@ class EngineManager:
             other = beside.memory_bytes() if beside is not None and beside.state != "stopped" else (0, 0)
             return policy.memory.plan(stored.config, policy.memory.available_bytes(*other))
 
-        return SupervisedEngine(spec, plan)
+        return SupervisedEngine(spec, plan, self.on_change)
 
     def _check_target(self, config: EngineConfig) -> None:
         version = self.policy.runtimes.get(config.runtime)

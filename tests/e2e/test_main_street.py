@@ -77,24 +77,29 @@ def test_the_model_answers_sensibly_and_token_by_token(street):
 
 def test_a_chat_ends_where_the_model_ends_it(street):
     cli, _, _ = street
-    text, summary, _ = answer(cli, "chat", "--device", "jetson-test", "--max-tokens", "200", stdin="Say hello.")
+    text, summary, _ = answer(
+        cli, "chat", "--device", "jetson-test", "--max-tokens", "200", stdin="Say hello."
+    )
     assert text.strip()
     assert summary["finish_reason"] == "stop"
 
 
 def test_a_prompt_of_several_chunks_is_understood_to_its_beginning(street):
     cli, _, _ = street
-    text, summary, _ = answer(
-        cli, "chat", "--device", "jetson-test", "--max-tokens", "60", stdin=f"{LONG}\n\nWhat does the board report?"
-    )
+    question = f"{LONG}\n\nWhat does the board report?"
+    text, summary, _ = answer(cli, "chat", "--device", "jetson-test", "--max-tokens", "60", stdin=question)
     assert summary["prompt_tokens"] > 3 * 128
     assert "temperature" in text.lower()
 
 
 def test_the_device_reports_over_mqtt_what_it_does(street):
-    cli, agent, heard = street
+    cli, _, heard = street
     answer(cli, "generate", "--device", "jetson-test", "--prompt", "Once upon a time", "--max-tokens", "100")
-    event = heard.wait_for(lambda m: m.leaf == "runtime" and m.event.telemetry.runtime.generated_tokens_total > 50).event
+
+    def tells_of_it(message):
+        return message.leaf == "runtime" and message.event.telemetry.runtime.generated_tokens_total > 50
+
+    event = heard.wait_for(tells_of_it).event
     runtime = event.telemetry.runtime
     assert event.source == "edgellm/default/default/jetson-test"
     assert runtime.state == "serving"

@@ -10,7 +10,7 @@ from edgellm.errors import RemoteError
 from edgellm.v1 import engines_pb2
 from edgellm.v1.engines_pb2_grpc import EngineServiceStub
 from tests.conftest import make_bundle, push
-from tests.support.agents import running_agent
+from tests.support.agents import running_agent, wait_for
 
 
 def stored_files(agent):
@@ -74,6 +74,8 @@ def test_a_cut_push_goes_on_where_it_was_cut(agent, tiny):
             header = engines_pb2.BlobHeader(digest=shard.digest, size_bytes=shard.size_bytes)
             yield engines_pb2.WriteBlobRequest(header=header)
             yield engines_pb2.WriteBlobRequest(chunk=tiny.blob_path(shard.digest).read_bytes()[:half])
+            partial = agent.state / "ingest" / shard.digest.removeprefix("sha256:")
+            wait_for(lambda: partial.stat().st_size == half, "the first half")
             raise ConnectionError("the link drops")
 
         with pytest.raises(grpc.RpcError):
@@ -198,3 +200,9 @@ def test_an_unknown_engine_is_not_found(agent):
     with agent.client() as client, pytest.raises(RemoteError, match="no engine 'nothing'") as error:
         client.activate("nothing")
     assert error.value.code == "NOT_FOUND"
+
+
+def test_activating_the_engine_that_serves_keeps_its_worker(serving, tiny):
+    worker = serving.worker_pid()
+    push(serving, tiny)
+    assert serving.worker_pid() == worker

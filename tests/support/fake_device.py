@@ -46,6 +46,7 @@ class FakeDevice:
     wrong_offset_once: set[str] = field(default_factory=set)
     busy_for_s: float | None = None
     activation_fails: bool = False
+    stalls: bool = False
     # What was seen.
     uploads: list[tuple[str, int]] = field(default_factory=list)
     requests: list[inference_pb2.GenerateRequest] = field(default_factory=list)
@@ -68,6 +69,8 @@ class FakeDeviceService(device_pb2_grpc.DeviceServiceServicer):
         self.device = device
 
     def GetInfo(self, request, context):
+        if self.device.stalls:
+            self.device.cancelled.wait(10)
         return device_pb2.GetInfoResponse(
             device="fake-01",
             agent_version="0.1.0",

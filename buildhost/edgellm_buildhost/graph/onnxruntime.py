@@ -71,7 +71,17 @@ class OnnxRuntimeDialect:
         self._outputs: list[ir.Value] = []
         self._inputs = {str(value.name): value for value in _step_inputs(architecture)}
         self._table: _SharedTable | None = None
+        self._loaded_bytes = 0
         self._last_position, self._longest = self._sequence_lengths()
+
+    @property
+    def loaded_bytes(self) -> int:
+        """Anonymous memory of the loaded matrices, bytes.
+
+        The kernels keep their own copy of each: its codes, and a scale and a sum of codes for every group,
+        float32. What is not multiplied (embedding, gains, rotary tables) stays mapped from the file.
+        """
+        return self._loaded_bytes
 
     def embedding(self, table: QuantizedTensor) -> ir.Value:
         """GatherBlockQuantized; its bytes serve a tied head too, under a second name and shape."""
@@ -191,6 +201,8 @@ class OnnxRuntimeDialect:
         return self._matmul([x, codes, self._table.scales], self._table.layout, "head")
 
     def _matmul(self, inputs: Sequence[ir.Value], layout: _Layout, name: str) -> ir.Value:
+        groups = -(-layout.columns // layout.group_size)
+        self._loaded_bytes += layout.rows * groups * (layout.group_size * layout.bits // 8 + 8)
         attributes = {
             "K": layout.columns,
             "N": layout.rows,

@@ -45,7 +45,6 @@ class WeightShards:
         self._shard_bytes = shard_bytes
         self._count = 0
         self._file: BinaryIO | None = None
-        self._total_bytes = 0
 
     def __enter__(self) -> Self:
         """The shards themselves."""
@@ -54,11 +53,6 @@ class WeightShards:
     def __exit__(self, *_: object) -> None:
         """Close the last file."""
         self._close()
-
-    @property
-    def total_bytes(self) -> int:
-        """Bytes of all tensors written, padding apart."""
-        return self._total_bytes
 
     def append(self, array: NDArray[Any]) -> Region:
         """Write the array's bytes, C order and little-endian, and say where they are."""
@@ -69,7 +63,6 @@ class WeightShards:
         file.write(bytes(padding))
         region = Region(f"weights-{self._count - 1:05d}.bin", file.tell(), data.nbytes)
         file.write(data.data.cast("B"))
-        self._total_bytes += data.nbytes
         return region
 
     def tensor(

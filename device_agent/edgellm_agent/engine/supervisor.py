@@ -61,12 +61,16 @@ class SupervisedEngine:
     Args:
         spec: The engine.
         plan: Plans the memory anew for each start: what is available changes.
+        on_change: Called when `state` has changed.
 
     """
 
-    def __init__(self, spec: EngineSpec, plan: Callable[[], MemoryPlan]) -> None:
+    def __init__(
+        self, spec: EngineSpec, plan: Callable[[], MemoryPlan], on_change: Callable[[], None] = lambda: None
+    ) -> None:
         self.spec = spec
         self.state = "starting"
+        self._on_change = on_change
         self.totals = Totals()
         self._plan = plan
         self._worker: WorkerProcess | None = None
@@ -77,7 +81,7 @@ class SupervisedEngine:
     async def start(self) -> None:
         """Loads the engine; raises AgentError or DoesNotFitError, and leaves nothing behind."""
         self._worker = await self._start_worker()
-        self.state = "serving"
+        self._set_state("serving")
         self._tasks = [asyncio.create_task(self._watch()), asyncio.create_task(self._poll())]
 
     @property
@@ -134,18 +138,22 @@ class SupervisedEngine:
 
     async def drain(self, deadline_s: float) -> bool:
         """Takes no new requests and waits for the running ones; tells whether all ended in time."""
-        self.state = "draining"
+        self._set_state("draining")
         return True if self._worker is None else await self._worker.drain(deadline_s)
 
     async def close(self) -> None:
         """Ends the worker and gives its memory back."""
-        self.state = "stopped"
+        self._set_state("stopped")
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._worker is not None:
             await self._worker.close()
             self._worker = None
+
+    def _set_state(self, state: str) -> None:
+        self.state = state
+        self._on_change()
 
     async def _start_worker(self) -> WorkerProcess:
         spec = self.spec
@@ -164,19 +172,20 @@ class SupervisedEngine:
     async def _watch(self) -> None:
         pause_s = _FIRST_PAUSE_S
         loop = asyncio.get_running_loop()
-        while self._worker is not None:
+        # The state is asked too: before Python 3.12, `wait_for` can swallow a cancellation.
+        while self._worker is not None and self.state != "stopped":
             began = loop.time()
             await self._worker.dead.wait()
             log.error(
                 "worker %d of engine %s died: %s", self._worker.pid, self.spec.config.name, self._worker.death
             )
             if self.state != "draining":
-                self.state = "restarting"
+                self._set_state("restarting")
             await self._worker.close()
             self._worker, self._last = None, worker_pb2.Stats()
             if loop.time() - began > _HEALTHY_S:
                 pause_s = _FIRST_PAUSE_S
-            while self._worker is None:
+            while self._worker is None and self.state != "stopped":
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
                 self.totals.restarts += 1
@@ -185,13 +194,13 @@ class SupervisedEngine:
                 except (AgentError, DoesNotFitError) as error:
                     log.error("engine %s does not start: %s", self.spec.config.name, error)
             if self.state == "restarting":
-                self.state = "serving"
+                self._set_state("serving")
 
     async def _poll(self) -> None:
         """Asks the worker for its figures, as often as telemetry wants them."""
         loop = asyncio.get_running_loop()
         asked = loop.time()
-        while True:
+        while self.state != "stopped":
             await asyncio.sleep(self.spec.poll_s)
             worker = self._worker
             if worker is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
 import psutil
@@ -74,7 +74,7 @@ class DeviceServicer(device_pb2_grpc.DeviceServiceServicer):
         self,
         request: device_pb2.WatchTelemetryRequest,
         context: status.Context,
-    ) -> AsyncIterator[device_pb2.WatchTelemetryResponse]:
+    ) -> AsyncGenerator[device_pb2.WatchTelemetryResponse, None]:
         interval_s = request.interval_s or 1.0
         if not interval_s >= _SHORTEST_INTERVAL_S:
             raise InvalidError("interval_s", f"must be at least {_SHORTEST_INTERVAL_S}, not {interval_s}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from functools import partial
 from typing import TypeVar
 
@@ -81,7 +81,7 @@ class EngineServicer(engines_pb2_grpc.EngineServiceServicer):
         self,
         request: engines_pb2.ActivateRequest,
         context: status.Context,
-    ) -> AsyncIterator[engines_pb2.ActivateResponse]:
+    ) -> AsyncGenerator[engines_pb2.ActivateResponse, None]:
         phases: asyncio.Queue[Phase | None] = asyncio.Queue()
         # A task of its own: an activation goes on when the link to the client drops.
         task = asyncio.create_task(self._manager.activate(request.engine, phases.put_nowait))

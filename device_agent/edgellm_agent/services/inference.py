@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 from edgellm.v1 import inference_pb2, inference_pb2_grpc
 from edgellm_agent.lifecycle import EngineManager
@@ -19,7 +19,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     @status.stream
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: status.Context
-    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
+    ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
         engine = self._manager.engine_for(request.model)
         request_id = uuid.uuid4().hex
         stream = engine.submit(request, context.time_remaining() or 0)

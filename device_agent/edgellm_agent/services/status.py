@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import logging
 import sqlite3
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 import grpc
@@ -62,15 +63,17 @@ def unary(
 
 
 def stream(
-    method: Callable[[Any, Request, Context], AsyncIterator[Response]],
-) -> Callable[[Any, Request, Context], AsyncIterator[Response]]:
+    method: Callable[[Any, Request, Context], AsyncGenerator[Response, None]],
+) -> Callable[[Any, Request, Context], AsyncGenerator[Response, None]]:
     """Makes a stream-response method end with the status of the error that it raises."""
 
     @functools.wraps(method)
-    async def translated(servicer: Any, request: Request, context: Context) -> AsyncIterator[Response]:
+    async def translated(servicer: Any, request: Request, context: Context) -> AsyncGenerator[Response, None]:
         try:
-            async for response in method(servicer, request, context):
-                yield response
+            # A client that goes away ends the method here and now, not when the garbage is collected.
+            async with aclosing(method(servicer, request, context)) as responses:
+                async for response in responses:
+                    yield response
         except Exception as error:  # noqa: BLE001
             await _abort(context, error)
 

@@ -84,7 +84,9 @@ class Sampler:
 
     async def _run(self) -> None:
         due_ns = self._clock.monotonic_ns()
-        while True:
+        # Not `while True`: before Python 3.12, `wait_for` can swallow the cancellation by which `close` ends
+        # this.
+        while not self._closed:
             self._latest = await self._sample()
             news, self._news = self._news, asyncio.Event()
             news.set()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,7 +53,7 @@ def make_sequence(
         params=params,
         rng=np.random.default_rng(seed),
         credit=submit.credit_tokens,
-        deadline=time.monotonic() + submit.deadline_s if submit.deadline_s > 0 else None,
+        deadline=arrived + submit.deadline_s if submit.deadline_s > 0 else None,
         timeline=Timeline(arrived=arrived),
     )
 

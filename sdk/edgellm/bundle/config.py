@@ -1,7 +1,8 @@
 """The engine config: what a bundle says about the engine inside it.
 
-It is the `config` blob of the OCI manifest, so its bytes are part of the engine's digest; it holds only what decides how the
-engine runs. What was measured or said about an engine is attached to the manifest from outside.
+It is the `config` blob of the OCI manifest, so its bytes are part of the engine's digest; it holds only what
+decides how the engine runs. What was measured or said about an engine is attached to the manifest from
+outside.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ class _Part(BaseModel):
 
 
 class Target(_Part):
-    """Where the engine may run: an architecture ("any" where the files do not depend on it) or a GPU's SM, and a profile."""
+    """Where the engine may run: an architecture ("any" where the files do not depend on it) or a GPU's SM,
+    and a profile."""
 
     architecture: Literal["any", "amd64", "arm64"] = "any"
     sm: str | None = Field(default=None, pattern=r"^\d+\.\d$")
@@ -68,8 +70,8 @@ class SpecialTokens(_Part):
 class Footprint(_Part):
     """Memory of the loaded engine, KV cache apart.
 
-    The workspace of a step is `workspace_base_bytes + tokens * workspace_bytes_per_token`, and the attention scores on top:
-    heads * tokens * context * 4 bytes.
+    The workspace of a step is `workspace_base_bytes + tokens * workspace_bytes_per_token`, and the attention
+    scores on top: heads * tokens * context * 4 bytes.
     """
 
     weights_bytes: Positive

@@ -26,8 +26,8 @@ _ANNOTATION = "vnd.edgellm."
 class BundleWriter:
     """Context manager that builds a bundle beside `target` and moves it there when the block ends well.
 
-    An earlier bundle at `target` is replaced; anything else there is refused. When the block raises, nothing
-    is left behind.
+    An earlier bundle at `target` is replaced; anything else there is refused. When the block raises, or
+    a config names a file that is missing, nothing is left behind.
 
         with BundleWriter(Path("smollm2.bundle")) as writer:
             digest = writer.add(engine_files, config)
@@ -69,7 +69,7 @@ class BundleWriter:
             Digest of the variant's manifest.
 
         Raises:
-            BundleError: A file is not plain or has an unsafe name, or the config names one that is missing.
+            BundleError: A file is not plain or has an unsafe name.
             OSError: A file cannot be read or written.
         """
         paths = sorted(files.iterdir())
@@ -79,7 +79,6 @@ class BundleWriter:
         config_blob = self._add_bytes(config.to_json(), manifests.CONFIG_MEDIA_TYPE)
         layers = [self._add_file(path, _media_type(path, config), move) for path in paths]
         manifest = EngineManifest.build(config_blob, layers)
-        manifest.parse_config(config.to_json())
         blob = self._add_bytes(manifest.to_json(), manifests.MANIFEST_MEDIA_TYPE)
         self._variants[blob.digest] = _index_entry(blob, config)
         return blob.digest

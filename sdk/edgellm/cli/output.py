@@ -14,9 +14,7 @@ from typing import Annotated
 import typer
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of text.")]
-DeviceOption = Annotated[
-    str, typer.Option("--device", envvar="EDGELLM_DEVICE", help="Name of a known device, or its address.")
-]
+DeviceOption = Annotated[str, typer.Option("--device", help="Name of a known device, or its address.")]
 TimeoutOption = Annotated[float, typer.Option("--timeout", min=0.1, help="Deadline, seconds.")]
 
 

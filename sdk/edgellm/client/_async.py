@@ -180,7 +180,7 @@ class AsyncClient:
         try:
             await self._write_blob(upload)
         except RemoteError as error:
-            push.retry(upload, error)
+            await asyncio.sleep(push.retry(upload, error))
             return push.again(upload, await self._call(self._engines.Prepare, push.prepare_request()))
         return None
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 CHUNK_BYTES = 1 << 20
 _MAX_ATTEMPTS = 3
+_LONGEST_PAUSE_S = 5.0
 _RETRIED = {"ABORTED", "DATA_LOSS"}
 # A blob's deadline allows for a link as slow as this.
 _SLOWEST_BYTES_PER_S = 100_000
@@ -56,11 +57,15 @@ class Push:
         self._report()
         return [Upload(self, self._bundle, item) for item in response.missing]
 
-    def retry(self, failed: Upload, error: RemoteError) -> None:
-        """Returns if the upload may be tried again after a new Prepare; raises `error` otherwise."""
+    def retry(self, failed: Upload, error: RemoteError) -> float:
+        """Seconds to wait before the upload is tried again after a new Prepare.
+
+        Raises `error` if it is not.
+        """
         self._attempts[failed.digest] = self._attempts.get(failed.digest, 1) + 1
         if error.code not in _RETRIED or self._attempts[failed.digest] > _MAX_ATTEMPTS:
             raise error
+        return min(error.retry_after_s or 0.0, _LONGEST_PAUSE_S)
 
     def again(self, failed: Upload, response: engines_pb2.PrepareResponse) -> Upload | None:
         """The same upload from the offset that the device has now; None if it is whole by now."""

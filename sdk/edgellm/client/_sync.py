@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -180,7 +181,7 @@ class Client:
         try:
             self._write_blob(upload)
         except RemoteError as error:
-            push.retry(upload, error)
+            time.sleep(push.retry(upload, error))
             return push.again(upload, self._call(self._engines.Prepare, push.prepare_request()))
         return None
 

@@ -27,6 +27,7 @@ SHAPES = [
     pytest.param(
         {"hidden": 96, "heads": 3, "kv_heads": 3, "head_dim": 32}, id="hidden size of no power of two"
     ),
+    pytest.param({"ffn": 144}, id="last group of a row not full"),
     pytest.param({"ffn": 160, "head_dim": 32}, id="heads wider than the hidden size"),
 ]
 

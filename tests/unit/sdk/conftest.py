@@ -46,5 +46,4 @@ def target(device: FakeDevice, tmp_path: Path) -> Iterator[str]:
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("EDGELLM_HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("EDGELLM_DEVICE", raising=False)
     return tmp_path / "home"
