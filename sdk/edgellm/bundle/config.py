@@ -26,7 +26,8 @@ class _Part(BaseModel):
 
 class Target(_Part):
     """Where the engine may run: an architecture ("any" where the files do not depend on it) or a GPU's SM,
-    and a profile."""
+    and a profile.
+    """
 
     architecture: Literal["any", "amd64", "arm64"] = "any"
     sm: str | None = Field(default=None, pattern=r"^\d+\.\d$")
