@@ -5,20 +5,19 @@ gives weights that were published in this form (GGUF's Q4_1) back exactly, and c
 product would. INT8 is groups of 64, symmetric: as close as groups of 32, with fewer bytes and faster.
 Embedding and head are always 8-bit.
 
-SmolLM2-135M-Instruct, whose published GGUF is Q4_1, on two virtual cores of an EPYC 9004 (AVX-512 VNNI)
-with ONNX Runtime 1.32; perplexity on the first 940 tokens of `pydoc_data.topics`, tokens per second at 1, 4
-and 8 rows, prefill of 512:
+SmolLM2-135M-Instruct, whose published GGUF is Q4_1, in one sitting on two shared cores of an EPYC 9004
+(AVX-512 VNNI) with ONNX Runtime 1.32; perplexity on the first 940 tokens of `pydoc_data.topics`, tokens per
+second at 1, 4 and 8 rows and in a prefill of 512, MB of weight files. The INT4 rows had a head in groups of
+32:
 
-    weights                                     perplexity     1     4     8   prefill   MB in shards
-    float32 (llama.cpp Q4_1 as a reference)          13.14
-    INT8, groups of 64                               13.18   135   372   483       983        147
-    INT8, groups of 32                               13.14   117   317   428       912        154
-    INT4, float minimum in extra columns             13.17   120   318   369       721        107
-    INT4, float minimum, float32 product aside       13.17    99   307   369       719        113
-    INT4, extra columns for qkv and gate/up only     13.58   123   319   414       763        106
-    INT4, integer zero point                         15.92   146   370   447       834        103
-    INT4, symmetric                                  15.25   129   318   416       732        101
+    weights                                   perplexity     1     4     8   prefill    MB
+    INT8, groups of 64                             13.18   135   372   483       983   145
+    INT4, float minimum in extra columns           13.08   120   318   369       721   107
+    INT4, float minimum, a float32 product         13.17    99   307   369       719   114
+    INT4, extra columns for qkv and gate/up        13.58   124   319   414       763   105
+    INT4, integer zero point                       15.92   147   370   447       834   103
 
+With the head in groups of 64, as built here, the default INT4 has 13.17; the source in float32 has 13.11.
 The source lies on a 4-bit grid already, so the order of the INT4 rows says nothing about other checkpoints.
 """
 
