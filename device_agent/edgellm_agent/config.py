@@ -17,6 +17,7 @@ from pydantic_settings import (
 )
 
 from edgellm.errors import EdgellmError
+from edgellm.memory import PREFILL_TOKENS
 from edgellm_agent.telemetry.settings import MqttSettings
 
 DeviceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
@@ -48,7 +49,9 @@ class AgentSettings(BaseSettings):
     context_tokens: int = Field(default=4096, ge=16, description="longest prompt plus answer")
     max_sequences: int = Field(default=8, ge=1, le=64, description="requests that run at once")
     max_waiting: int = Field(default=64, ge=0, le=4096, description="requests that may wait for memory")
-    prefill_tokens: int = Field(default=128, ge=1, le=4096, description="longest chunk of a prompt per step")
+    prefill_tokens: int = Field(
+        default=PREFILL_TOKENS, ge=1, le=4096, description="longest chunk of a prompt"
+    )
     threads: int = Field(default=0, ge=0, le=256, description="CPU threads of the runtime; 0: one per core")
     load_timeout_s: float = Field(default=300, gt=0)
     drain_s: float = Field(default=30, ge=0, description="what running requests get when the agent stops")

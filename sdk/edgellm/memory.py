@@ -9,6 +9,10 @@ from edgellm.errors import DoesNotFitError
 from edgellm.v1 import device_pb2
 
 MINIMAL_CONTEXT_TOKENS = 256
+# Prompt tokens of one step, unless the device is told otherwise: a longer step would stall the others.
+PREFILL_TOKENS = 128
+# A worker without an engine: Python, numpy, the runtime's own memory, a tokenizer of 50,000 tokens. Measured.
+WORKER_BYTES = 64 << 20
 _SCORE_BYTES = 4
 
 
@@ -36,10 +40,11 @@ class MemoryPlan:
 
 
 def workspace_bytes(config: EngineConfig, *, step_tokens: int, context_tokens: int) -> int:
-    """Scratch memory of a step of `step_tokens` over a context of `context_tokens`, bytes."""
+    """The worker's own memory and the scratch of a step of `step_tokens` over `context_tokens`, bytes."""
     footprint = config.footprint
     scores_bytes = config.model.heads * step_tokens * context_tokens * _SCORE_BYTES
-    return footprint.workspace_base_bytes + step_tokens * footprint.workspace_bytes_per_token + scores_bytes
+    step_bytes = step_tokens * footprint.workspace_bytes_per_token + scores_bytes
+    return WORKER_BYTES + footprint.workspace_base_bytes + step_bytes
 
 
 def plan_memory(
@@ -49,7 +54,7 @@ def plan_memory(
     headroom_bytes: int,
     context_tokens: int | None = None,
     max_sequences: int = 1,
-    prefill_tokens: int = 512,
+    prefill_tokens: int = PREFILL_TOKENS,
 ) -> MemoryPlan:
     """Divides `available_bytes` among weights, workspace, headroom and KV cache.
 

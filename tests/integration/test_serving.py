@@ -104,7 +104,7 @@ def test_a_wrong_field_is_named(serving, request_, field):
 
 def test_a_prompt_beyond_the_memory_bound_is_refused_at_once_with_the_figures(short_dir, small):
     # So much is kept for others that the model's 2048 tokens of context do not fit into the rest.
-    with running_agent(short_dir, "headroom_bytes = 5_150_000_000") as agent:
+    with running_agent(short_dir, "headroom_bytes = 5_083_000_000") as agent:
         push(agent, small)
         with agent.client() as client:
             plan = client.memory_plan()

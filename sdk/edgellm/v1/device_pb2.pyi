@@ -141,7 +141,7 @@ class MemoryPlan(google.protobuf.message.Message):
     """MemAvailable, or the simulated limit if that is less."""
     weights_bytes: builtins.int
     workspace_bytes: builtins.int
-    """Scratch memory of the runtime at its largest step."""
+    """The worker's own memory, and the runtime's scratch at its largest step."""
     headroom_bytes: builtins.int
     """Left to everybody else on the board."""
     kv_bytes: builtins.int

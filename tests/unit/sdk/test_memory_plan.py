@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgellm.errors import DoesNotFitError
-from edgellm.memory import MINIMAL_CONTEXT_TOKENS, MemoryPlan, plan_memory, workspace_bytes
+from edgellm.memory import MINIMAL_CONTEXT_TOKENS, WORKER_BYTES, MemoryPlan, plan_memory, workspace_bytes
 from tests.support.tiny_bundle import make_config
 
 CONFIG = make_config()
@@ -86,7 +86,7 @@ def test_plenty_of_memory_gives_what_was_asked_for_and_no_more():
     )
     assert (plan.context_tokens, plan.max_sequences) == (1000, 3)
     assert plan.kv_bytes == 3 * 1000 * CONFIG.kv_bytes_per_token == 3 * 1000 * 2 * 2 * 2 * 16 * 4
-    assert plan.workspace_bytes == MIB + 64 * 1024 + 4 * 64 * 1000 * 4
+    assert plan.workspace_bytes == WORKER_BYTES + MIB + 64 * 1024 + 4 * 64 * 1000 * 4
 
 
 def test_a_plan_survives_the_wire():
