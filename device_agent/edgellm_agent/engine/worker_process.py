@@ -231,6 +231,7 @@ class _Stream:
         self._pending: worker_pb2.Delta | None = None
         self._error: errors.AgentError | None = None
         self._ended = False
+        self._taken = 0
         self._changed = asyncio.Event()
         self.finished: worker_pb2.Finished | None = None
 
@@ -261,8 +262,7 @@ class _Stream:
             self._changed.clear()
             delta, self._pending = self._pending, None
             if delta is not None:
-                if not self._ended and delta.token_ids:
-                    self._worker.credit(self._id, len(delta.token_ids))
+                self._give_credit(len(delta.token_ids))
                 yield delta
             if self._ended and self._pending is None:
                 if self._error is not None:
@@ -273,6 +273,13 @@ class _Stream:
         if not self._ended:
             self._ended = True
             self._worker.cancel(self._id)
+
+    def _give_credit(self, tokens: int) -> None:
+        # In pieces: a message for each token would cost as much as the token's own.
+        self._taken += tokens
+        if self._taken >= _CREDIT_TOKENS // 4 and not self._ended:
+            self._worker.credit(self._id, self._taken)
+            self._taken = 0
 
 
 def _to_error(failure: worker_pb2.Failure) -> errors.AgentError:

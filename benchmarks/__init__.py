@@ -1,0 +1,1 @@
+"""Speed and memory beside the peers, on this machine: `python -m benchmarks --model GGUF`."""
