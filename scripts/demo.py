@@ -198,6 +198,10 @@ def closing_table(model: Path, bundle: Bundle, client: Client, completion: Compl
         Row(
             "", f"head {precision.head}; embedding {precision.embedding}; activations {precision.activations}"
         ),
+        Row(
+            "why int4",
+            "smallest; float minima keep the source's own grid (docs/performance.md has perplexities)",
+        ),
         Row("load time", f"{heard.runtime().runtime.load_s:.2f} s"),
         Row(
             "time to first token",

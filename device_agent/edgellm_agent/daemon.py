@@ -82,8 +82,21 @@ async def running(settings: AgentSettings) -> AsyncIterator[EngineManager]:
             task.add_done_callback(changes.discard)
 
         manager.on_change = on_change
-        await manager.start()
+        # In the background: the API answers, and a signal is obeyed, while a large engine loads.
+        starting = asyncio.create_task(manager.start())
+        starting.add_done_callback(_log_failure)
+        stack.push_async_callback(_end, starting)
         yield manager
+
+
+def _log_failure(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and task.exception() is not None:
+        log.error("the active engine does not start", exc_info=task.exception())
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 def _manager(settings: AgentSettings) -> EngineManager:

@@ -30,7 +30,7 @@ from edgellm_agent.errors import (
     UnavailableError,
 )
 from edgellm_agent.memory import MemoryPolicy
-from edgellm_agent.registry import Registry
+from edgellm_agent.registry import EngineRow, Registry
 from edgellm_agent.store import Store
 
 log = logging.getLogger(__name__)
@@ -160,8 +160,8 @@ class EngineManager:
         return self.find(digest)
 
     def engines(self) -> list[StoredEngine]:
-        """The engines that are whole, oldest first."""
-        return [self._stored(row.digest, row.changed_at) for row in self.registry.engines() if row.ready]
+        """The engines that are whole, oldest first; one that can no longer be read is left out."""
+        return [e for row in self.registry.engines() if row.ready and (e := self._stored(row))]
 
     def active_digest(self) -> str | None:
         """Digest of the engine that is active, also while it cannot run."""
@@ -333,10 +333,16 @@ class EngineManager:
                 f"the engine is for SM {config.target.sm}; this device has {sm or 'no GPU'}"
             )
 
-    def _stored(self, digest: str, added_at: float) -> StoredEngine:
-        manifest = EngineManifest.parse(self.store.read(digest))
-        config = manifest.parse_config(self.store.read(manifest.config.digest))
-        return StoredEngine(digest, manifest, config, added_at)
+    def _stored(self, row: EngineRow) -> StoredEngine | None:
+        manifest = self._manifest(row.digest)
+        if manifest is None:
+            return None
+        try:
+            config = manifest.parse_config(self.store.read(manifest.config.digest))
+        except (AgentError, BundleError) as error:
+            log.error("engine %s: %s", row.digest, error)
+            return None
+        return StoredEngine(row.digest, manifest, config, row.changed_at)
 
     def _collect(self) -> int:
         freed = self.store.collect(

@@ -159,15 +159,14 @@ class Store:
         return digest
 
     def read(self, digest: str) -> bytes:
-        """A small blob's bytes.
-
-        Raises NotFoundError, or DataLossError if they are no longer what they were.
-        """
+        """A small blob's bytes; raises NotFoundError, or DataLossError for changed ones, which it drops."""
+        path = self.blob_path(digest)
         try:
-            data = self.blob_path(digest).read_bytes()
+            data = path.read_bytes()
         except FileNotFoundError:
-            raise NotFoundError(f"blob {digest} is not here") from None
+            raise NotFoundError(f"blob {digest} is not here; push the engine again") from None
         if digests.of_bytes(data) != digest:
+            path.unlink()
             raise DataLossError(f"blob {digest} was changed on disk; push the engine again")
         return data
 

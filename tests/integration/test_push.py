@@ -206,3 +206,15 @@ def test_activating_the_engine_that_serves_keeps_its_worker(serving, tiny):
     worker = serving.worker_pid()
     push(serving, tiny)
     assert serving.worker_pid() == worker
+
+
+def test_an_engine_whose_manifest_was_changed_on_disk_is_left_out_and_a_push_repairs_it(serving, other_tiny):
+    (variant,) = other_tiny.variants
+    with serving.client() as client:
+        client.push(other_tiny, variant.digest)
+        path = serving.state / "blobs" / "sha256" / variant.digest.removeprefix("sha256:")
+        path.chmod(0o640)
+        path.write_bytes(b"{}")
+        assert [engine.name for engine in client.engines()] == ["tiny"]
+        client.push(other_tiny, variant.digest)
+        assert [engine.name for engine in client.engines()] == ["tiny", "other"]
