@@ -32,11 +32,11 @@ from edgellm_agent.telemetry.topics import decode
 
 DEVICE = "jetson-01"
 PROFILE = "orin-nano-8gb"
-QUESTION = "What is a thermal throttle, and why does a small robot care? Answer in a short paragraph."
+QUESTION = "Why do electronic devices need a heat sink? Answer in two sentences."
 START_S = 30.0
 TELEMETRY_S = 10.0
 
-console = Console(highlight=False)
+console = Console(highlight=False, soft_wrap=True)
 
 
 def main() -> None:
