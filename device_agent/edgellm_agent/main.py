@@ -49,7 +49,7 @@ def run(
     except (EdgellmError, AgentError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         if hint := getattr(error, "hint", ""):
-            print(f"hint:  {hint}", file=sys.stderr)
+            print(f"  try: {hint}", file=sys.stderr)
         raise typer.Exit(1) from None
 
 

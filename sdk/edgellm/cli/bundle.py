@@ -89,6 +89,7 @@ def plan(
     if device is not None:
         if profile is not None:
             raise typer.BadParameter("give --device or --profile, not both")
+        _refuse_profile_name(device)
         figures = _plan_on_device(opened, device, context, concurrency)
     else:
         variant = _for_profile(opened, profile)
@@ -99,6 +100,14 @@ def plan(
         print_json(figures)
     else:
         print_facts(plan_facts(figures))
+
+
+def _refuse_profile_name(device: str) -> None:
+    from edgellm.devices import DeviceBook
+    from edgellm.profiles import profile_names
+
+    if device in profile_names() and device not in {known.name for known in DeviceBook().all()}:
+        raise typer.BadParameter(f"{device} is a kind of board, not a device: give it as --profile")
 
 
 def plan_facts(figures: MemoryPlan) -> list[tuple[str, str]]:

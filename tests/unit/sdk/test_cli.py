@@ -333,3 +333,9 @@ def test_chat_on_a_terminal_remembers_the_conversation(device, home):
     assert process.returncode == 0
     assert output.count("Hello Jetson.") == 2
     assert [item.content for item in device.requests[1].chat.messages] == ["Hi", "Hello Jetson.", "And now?"]
+
+
+def test_plan_tells_a_profile_from_a_device(bundle):
+    result = run("plan", bundle.path, "--device", "orin-nano-8gb")
+    assert result.exit_code == 2
+    assert "--profile" in result.stderr
