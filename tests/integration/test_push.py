@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import time
 
 import grpc
 import pytest
@@ -75,7 +76,7 @@ def test_a_cut_push_goes_on_where_it_was_cut(agent, tiny):
             yield engines_pb2.WriteBlobRequest(header=header)
             yield engines_pb2.WriteBlobRequest(chunk=tiny.blob_path(shard.digest).read_bytes()[:half])
             partial = agent.state / "ingest" / shard.digest.removeprefix("sha256:")
-            wait_for(lambda: partial.stat().st_size == half, "the first half")
+            wait_for(lambda: partial.exists() and partial.stat().st_size == half, "the first half")
             raise ConnectionError("the link drops")
 
         with pytest.raises(grpc.RpcError):
@@ -84,6 +85,28 @@ def test_a_cut_push_goes_on_where_it_was_cut(agent, tiny):
         result = client.push(tiny, variant.digest)
     everything = sum(blob.size_bytes for blob in manifest.blobs())
     assert result.sent_bytes == everything - half - manifest.config.size_bytes
+
+
+def test_a_link_that_drops_at_any_moment_does_not_lock_the_blob(agent, tiny):
+    (variant,) = tiny.variants
+    manifest = tiny.manifest(variant.digest)
+    shard = max(manifest.layers, key=lambda layer: layer.size_bytes)
+    header = engines_pb2.BlobHeader(digest=shard.digest, size_bytes=shard.size_bytes)
+    config = tiny.blob_path(manifest.config.digest).read_bytes()
+    for milliseconds in range(0, 30, 2):
+        with grpc.insecure_channel(agent.target) as channel:
+            stub = EngineServiceStub(channel)
+            stub.Prepare(engines_pb2.PrepareRequest(manifest=manifest.to_json(), config=config))
+
+            def until_the_link_drops(pause_s=milliseconds / 1000):
+                yield engines_pb2.WriteBlobRequest(header=header)
+                time.sleep(pause_s)
+                raise ConnectionError("the link drops")
+
+            with pytest.raises(grpc.RpcError):
+                stub.WriteBlob(until_the_link_drops())
+    with agent.client() as client:
+        client.push(tiny, variant.digest)
 
 
 def test_bytes_that_do_not_match_their_digest_are_refused_and_dropped(agent, tiny):

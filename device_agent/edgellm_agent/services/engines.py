@@ -14,6 +14,7 @@ from edgellm.v1 import engines_pb2, engines_pb2_grpc
 from edgellm_agent.errors import InvalidError
 from edgellm_agent.lifecycle import EngineManager, Phase, StoredEngine
 from edgellm_agent.services import status
+from edgellm_agent.store import Ingest
 
 Result = TypeVar("Result")
 
@@ -58,7 +59,8 @@ class EngineServicer(engines_pb2_grpc.EngineServiceServicer):
             raise InvalidError("header", "the first message of the stream must be the header")
         header = first.header
         blob = self._manager.expected_blob(header.digest, header.size_bytes)
-        ingest = await asyncio.to_thread(self._manager.store.ingest, blob, header.offset_bytes)
+        begin = partial(self._manager.store.ingest, blob, header.offset_bytes)
+        ingest = await _in_thread(begin, undo=Ingest.close)
         try:
             async for message in request_iterator:
                 await _in_thread(partial(ingest.write, message.chunk))
@@ -126,11 +128,16 @@ class EngineServicer(engines_pb2_grpc.EngineServiceServicer):
         )
 
 
-async def _in_thread(function: Callable[[], Result]) -> Result:
-    """Runs a blocking function; a cancelled call waits for it: its file must not be closed under it."""
+async def _in_thread(function: Callable[[], Result], undo: Callable[[Result], None] | None = None) -> Result:
+    """Runs a blocking function to its end, also when the call is cancelled: no file is closed under it.
+
+    A result that a cancelled call can no longer take goes to `undo`.
+    """
     thread = asyncio.ensure_future(asyncio.to_thread(function))
     try:
         return await asyncio.shield(thread)
     except asyncio.CancelledError:
         await asyncio.wait([thread])
+        if undo is not None and thread.exception() is None:
+            undo(thread.result())
         raise

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 CHUNK_BYTES = 1 << 20
 _MAX_ATTEMPTS = 3
 _LONGEST_PAUSE_S = 5.0
-_RETRIED = {"ABORTED", "DATA_LOSS"}
+# INTERNAL: what grpc.aio makes of a write that meets a status which the device has already sent.
+_RETRIED = {"ABORTED", "DATA_LOSS", "INTERNAL"}
 # A blob's deadline allows for a link as slow as this.
 _SLOWEST_BYTES_PER_S = 100_000
 
