@@ -64,10 +64,6 @@ class KvGeometry:
         """Memory that a sequence of so many tokens takes: whole pages."""
         return -(-tokens // self.tokens_per_page) * self.granule_bytes
 
-    def tokens_in(self, n_bytes: int) -> int:
-        """Longest sequence that fits into so many bytes."""
-        return n_bytes // self.granule_bytes * self.tokens_per_page
-
 
 class KvMemory:
     """The mapped tensors. Raises MemoryError when the kernel refuses the address space."""
