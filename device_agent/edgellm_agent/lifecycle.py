@@ -19,6 +19,7 @@ from edgellm.bundle.manifest import Descriptor, EngineManifest
 from edgellm.errors import BundleError, DoesNotFitError
 from edgellm.memory import MemoryPlan
 from edgellm.v1 import engines_pb2, inference_pb2
+from edgellm_agent.engine.base import Engine
 from edgellm_agent.engine.supervisor import EngineSpec, SupervisedEngine
 from edgellm_agent.errors import (
     AgentError,
@@ -360,13 +361,20 @@ class EngineManager:
             return None
 
 
-async def _canary(engine: SupervisedEngine) -> None:
+async def _canary(engine: Engine, deadline_s: float = _CANARY_S) -> None:
     """A few tokens through the whole path; raises EngineError if they do not come."""
     request = inference_pb2.GenerateRequest(prompt="Hello", max_tokens=_CANARY_TOKENS, ignore_eos=True)
-    stream = engine.submit(request, _CANARY_S)
-    try:
+    stream = engine.submit(request, deadline_s)
+
+    async def read() -> None:
         async for _ in stream:
             pass
+
+    try:
+        # The worker keeps the deadline too, unless it hangs.
+        await asyncio.wait_for(read(), deadline_s)
+    except asyncio.TimeoutError:
+        raise EngineError(f"the engine did not answer its first request within {deadline_s:g} s") from None
     except UnavailableError as error:
         raise EngineError(f"the engine failed its first request: {error}") from None
     finally:

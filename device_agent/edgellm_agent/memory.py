@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgellm.bundle.config import EngineConfig
-from edgellm.memory import MemoryPlan, plan_memory
+from edgellm.memory import MemoryPlan, mem_available_bytes, plan_memory
 from edgellm.profiles import DeviceProfile
 
 
@@ -55,14 +55,3 @@ class MemoryPolicy:
             max_sequences=self.max_sequences,
             prefill_tokens=self.prefill_tokens,
         )
-
-
-def mem_available_bytes(root: Path = Path("/")) -> int:
-    """The kernel's estimate of what can be had without swapping.
-
-    Free memory alone leaves out the page cache.
-    """
-    for line in (root / "proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("/proc/meminfo has no MemAvailable")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 from edgellm.bundle.config import EngineConfig
 from edgellm.errors import DoesNotFitError
@@ -109,3 +110,14 @@ def plan_memory(
         context_tokens=context,
         max_sequences=max_sequences,
     )
+
+
+def mem_available_bytes(root: Path = Path("/")) -> int:
+    """The kernel's estimate of what can be had without swapping.
+
+    Free memory alone leaves out the page cache.
+    """
+    for line in (root / "proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/meminfo has no MemAvailable")

@@ -11,12 +11,14 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from edgellm.bundle.manifest import EngineManifest
 from edgellm.v1 import engines_pb2, engines_pb2_grpc
-from edgellm_agent.errors import InvalidError
+from edgellm_agent.errors import DeadlineError, InvalidError
 from edgellm_agent.lifecycle import EngineManager, Phase, StoredEngine
 from edgellm_agent.services import status
 from edgellm_agent.store import Ingest
 
 Result = TypeVar("Result")
+
+_SILENCE_S = 60.0
 
 
 class EngineServicer(engines_pb2_grpc.EngineServiceServicer):
@@ -54,7 +56,8 @@ class EngineServicer(engines_pb2_grpc.EngineServiceServicer):
         request_iterator: AsyncIterator[engines_pb2.WriteBlobRequest],
         context: status.Context,
     ) -> engines_pb2.WriteBlobResponse:
-        first = await anext(aiter(request_iterator), None)
+        messages = _until_silent(request_iterator)
+        first = await anext(messages, None)
         if first is None or first.WhichOneof("part") != "header":
             raise InvalidError("header", "the first message of the stream must be the header")
         header = first.header
@@ -62,7 +65,7 @@ class EngineServicer(engines_pb2_grpc.EngineServiceServicer):
         begin = partial(self._manager.store.ingest, blob, header.offset_bytes)
         ingest = await _in_thread(begin, undo=Ingest.close)
         try:
-            async for message in request_iterator:
+            async for message in messages:
                 await _in_thread(partial(ingest.write, message.chunk))
             await _in_thread(ingest.commit)
         finally:
@@ -126,6 +129,23 @@ class EngineServicer(engines_pb2_grpc.EngineServiceServicer):
             added_at=added_at,
             active=stored.digest == self._manager.active_digest(),
         )
+
+
+async def _until_silent(
+    messages: AsyncIterator[Result], silence_s: float = _SILENCE_S
+) -> AsyncGenerator[Result, None]:
+    """The messages; raises DeadlineError when none comes for so long.
+
+    A dead link must not keep a blob locked.
+    """
+    iterator = aiter(messages)
+    while True:
+        try:
+            yield await asyncio.wait_for(anext(iterator), silence_s)
+        except StopAsyncIteration:  # noqa: PERF203 - each message has its own deadline
+            return
+        except asyncio.TimeoutError:
+            raise DeadlineError(f"nothing came for {silence_s:g} s; what came before is kept") from None
 
 
 async def _in_thread(function: Callable[[], Result], undo: Callable[[Result], None] | None = None) -> Result:

@@ -134,13 +134,13 @@ def _for_profile(bundle: Bundle, profile: str | None) -> Variant:
 def _plan_for_profile(
     config: EngineConfig, name: str, context: int | None, concurrency: int | None
 ) -> MemoryPlan:
-    from edgellm.memory import plan_memory
+    from edgellm.memory import mem_available_bytes, plan_memory
     from edgellm.profiles import load_profile
 
     profile = load_profile(name)
     return plan_memory(
         config,
-        available_bytes=profile.usable_bytes or _mem_available_bytes(),
+        available_bytes=profile.usable_bytes or mem_available_bytes(),
         headroom_bytes=profile.headroom_bytes,
         context_tokens=context,
         max_sequences=concurrency or 1,
@@ -163,14 +163,6 @@ def _plan_on_device(bundle: Bundle, name: str, context: int | None, concurrency:
         context_tokens=context,
         max_sequences=concurrency or figures.max_sequences,
     )
-
-
-def _mem_available_bytes() -> int:
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        name, _, rest = line.partition(":")
-        if name == "MemAvailable":
-            return int(rest.split()[0]) * 1024
-    raise OSError("MemAvailable is not in /proc/meminfo")
 
 
 def _as_json(variant: Variant) -> dict[str, object]:
