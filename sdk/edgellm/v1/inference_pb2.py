@@ -14,35 +14,45 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x65\x64gellm/v1/inference.proto\x12\nedgellm.v1\"\xc0\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12%\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x15.edgellm.v1.ChatInputH\x00\x12&\n\x08sampling\x18\x04 \x01(\x0b\x32\x14.edgellm.v1.Sampling\x12\x12\n\nmax_tokens\x18\x05 \x01(\r\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x12\n\nignore_eos\x18\x07 \x01(\x08\x42\x07\n\x05input\"6\n\tChatInput\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.edgellm.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"Y\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\x11\n\x04seed\x18\x03 \x01(\x04H\x01\x88\x01\x01\x42\x08\n\x06_top_pB\x07\n\x05_seed\"\xc0\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12/\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x18.edgellm.v1.FinishReason\x12 \n\x05usage\x18\x05 \x01(\x0b\x32\x11.edgellm.v1.Usage\x12$\n\x07timings\x18\x06 \x01(\x0b\x32\x13.edgellm.v1.Timings\"K\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x10\n\x08kv_bytes\x18\x03 \x01(\x04\"<\n\x07Timings\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x0e\n\x06ttft_s\x18\x02 \x01(\x01\x12\x10\n\x08\x64\x65\x63ode_s\x18\x03 \x01(\x01\"\x13\n\x11ListModelsRequest\"7\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.edgellm.v1.Model\"q\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x16\n\x0e\x63ontext_tokens\x18\x03 \x01(\r\x12\x11\n\tprecision\x18\x04 \x01(\t\x12\x0f\n\x07runtime\x18\x05 \x01(\t\x12\x0e\n\x06\x61\x63tive\x18\x06 \x01(\x08*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xa8\x01\n\x10InferenceService\x12G\n\x08Generate\x12\x1b.edgellm.v1.GenerateRequest\x1a\x1c.edgellm.v1.GenerateResponse0\x01\x12K\n\nListModels\x12\x1d.edgellm.v1.ListModelsRequest\x1a\x1e.edgellm.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x65\x64gellm/v1/inference.proto\x12\nedgellm.v1\"\xc4\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12%\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x15.edgellm.v1.ChatInputH\x00\x12&\n\x08sampling\x18\x04 \x01(\x0b\x32\x14.edgellm.v1.Sampling\x12\x12\n\nmax_tokens\x18\x05 \x01(\r\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x12\n\nignore_eos\x18\x07 \x01(\x08\x12\x12\n\nmin_tokens\x18\x08 \x01(\r\x12\x16\n\x0estop_token_ids\x18\t \x03(\r\x12\x19\n\x0ctop_logprobs\x18\n \x01(\rH\x01\x88\x01\x01\x12*\n\nconstraint\x18\x0b \x01(\x0b\x32\x16.edgellm.v1.ConstraintB\x07\n\x05inputB\x0f\n\r_top_logprobs\"L\n\nConstraint\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x02 \x01(\tH\x00\x12\x0e\n\x04lark\x18\x03 \x01(\tH\x00\x42\x06\n\x04kind\"6\n\tChatInput\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.edgellm.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xcf\x02\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\x11\n\x04seed\x18\x03 \x01(\x04H\x01\x88\x01\x01\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\r\n\x05min_p\x18\x05 \x01(\x02\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x02H\x02\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\x07 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x08 \x01(\x02\x12\x37\n\nlogit_bias\x18\t \x03(\x0b\x32#.edgellm.v1.Sampling.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x08\n\x06_top_pB\x07\n\x05_seedB\x15\n\x13_repetition_penalty\"\xec\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12/\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x18.edgellm.v1.FinishReason\x12 \n\x05usage\x18\x05 \x01(\x0b\x32\x11.edgellm.v1.Usage\x12$\n\x07timings\x18\x06 \x01(\x0b\x32\x13.edgellm.v1.Timings\x12*\n\x08logprobs\x18\x07 \x03(\x0b\x32\x18.edgellm.v1.TokenLogprob\"\\\n\x0cTokenLogprob\x12&\n\x05token\x18\x01 \x01(\x0b\x32\x17.edgellm.v1.TokenChance\x12$\n\x03top\x18\x02 \x03(\x0b\x32\x17.edgellm.v1.TokenChance\"8\n\x0bTokenChance\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04text\x18\x03 \x01(\x0c\"\xb2\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x10\n\x08kv_bytes\x18\x03 \x01(\x04\x12\x15\n\rcached_tokens\x18\x04 \x01(\r\x12\x19\n\x11recomputed_tokens\x18\x05 \x01(\r\x12\x14\n\x0c\x64raft_tokens\x18\x06 \x01(\r\x12\x1d\n\x15\x61\x63\x63\x65pted_draft_tokens\x18\x07 \x01(\r\"<\n\x07Timings\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x0e\n\x06ttft_s\x18\x02 \x01(\x01\x12\x10\n\x08\x64\x65\x63ode_s\x18\x03 \x01(\x01\"\x13\n\x11ListModelsRequest\"7\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.edgellm.v1.Model\"q\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x16\n\x0e\x63ontext_tokens\x18\x03 \x01(\r\x12\x11\n\tprecision\x18\x04 \x01(\t\x12\x0f\n\x07runtime\x18\x05 \x01(\t\x12\x0e\n\x06\x61\x63tive\x18\x06 \x01(\x08*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xa8\x01\n\x10InferenceService\x12G\n\x08Generate\x12\x1b.edgellm.v1.GenerateRequest\x1a\x1c.edgellm.v1.GenerateResponse0\x01\x12K\n\nListModels\x12\x1d.edgellm.v1.ListModelsRequest\x1a\x1e.edgellm.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'edgellm.v1.inference_pb2', _globals)
 if _descriptor._USE_C_DESCRIPTORS == False:
   DESCRIPTOR._options = None
-  _globals['_FINISHREASON']._serialized_start=957
-  _globals['_FINISHREASON']._serialized_end=1052
+  _globals['_SAMPLING_LOGITBIASENTRY']._options = None
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_options = b'8\001'
+  _globals['_FINISHREASON']._serialized_start=1714
+  _globals['_FINISHREASON']._serialized_end=1809
   _globals['_GENERATEREQUEST']._serialized_start=43
-  _globals['_GENERATEREQUEST']._serialized_end=235
-  _globals['_CHATINPUT']._serialized_start=237
-  _globals['_CHATINPUT']._serialized_end=291
-  _globals['_CHATMESSAGE']._serialized_start=293
-  _globals['_CHATMESSAGE']._serialized_end=337
-  _globals['_SAMPLING']._serialized_start=339
-  _globals['_SAMPLING']._serialized_end=428
-  _globals['_GENERATERESPONSE']._serialized_start=431
-  _globals['_GENERATERESPONSE']._serialized_end=623
-  _globals['_USAGE']._serialized_start=625
-  _globals['_USAGE']._serialized_end=700
-  _globals['_TIMINGS']._serialized_start=702
-  _globals['_TIMINGS']._serialized_end=762
-  _globals['_LISTMODELSREQUEST']._serialized_start=764
-  _globals['_LISTMODELSREQUEST']._serialized_end=783
-  _globals['_LISTMODELSRESPONSE']._serialized_start=785
-  _globals['_LISTMODELSRESPONSE']._serialized_end=840
-  _globals['_MODEL']._serialized_start=842
-  _globals['_MODEL']._serialized_end=955
-  _globals['_INFERENCESERVICE']._serialized_start=1055
-  _globals['_INFERENCESERVICE']._serialized_end=1223
+  _globals['_GENERATEREQUEST']._serialized_end=367
+  _globals['_CONSTRAINT']._serialized_start=369
+  _globals['_CONSTRAINT']._serialized_end=445
+  _globals['_CHATINPUT']._serialized_start=447
+  _globals['_CHATINPUT']._serialized_end=501
+  _globals['_CHATMESSAGE']._serialized_start=503
+  _globals['_CHATMESSAGE']._serialized_end=547
+  _globals['_SAMPLING']._serialized_start=550
+  _globals['_SAMPLING']._serialized_end=885
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_start=795
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_end=843
+  _globals['_GENERATERESPONSE']._serialized_start=888
+  _globals['_GENERATERESPONSE']._serialized_end=1124
+  _globals['_TOKENLOGPROB']._serialized_start=1126
+  _globals['_TOKENLOGPROB']._serialized_end=1218
+  _globals['_TOKENCHANCE']._serialized_start=1220
+  _globals['_TOKENCHANCE']._serialized_end=1276
+  _globals['_USAGE']._serialized_start=1279
+  _globals['_USAGE']._serialized_end=1457
+  _globals['_TIMINGS']._serialized_start=1459
+  _globals['_TIMINGS']._serialized_end=1519
+  _globals['_LISTMODELSREQUEST']._serialized_start=1521
+  _globals['_LISTMODELSREQUEST']._serialized_end=1540
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1542
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1597
+  _globals['_MODEL']._serialized_start=1599
+  _globals['_MODEL']._serialized_end=1712
+  _globals['_INFERENCESERVICE']._serialized_start=1812
+  _globals['_INFERENCESERVICE']._serialized_end=1980
 # @@protoc_insertion_point(module_scope)

@@ -29,7 +29,7 @@ class _FinishReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._E
     FINISH_REASON_STOP: _FinishReason.ValueType  # 1
     """The model ended the text, or a stop string was met."""
     FINISH_REASON_LENGTH: _FinishReason.ValueType  # 2
-    """max_tokens were generated."""
+    """max_tokens were generated, or the context is full."""
 
 class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper): ...
 
@@ -37,7 +37,7 @@ FINISH_REASON_UNSPECIFIED: FinishReason.ValueType  # 0
 FINISH_REASON_STOP: FinishReason.ValueType  # 1
 """The model ended the text, or a stop string was met."""
 FINISH_REASON_LENGTH: FinishReason.ValueType  # 2
-"""max_tokens were generated."""
+"""max_tokens were generated, or the context is full."""
 global___FinishReason = FinishReason
 
 @typing.final
@@ -51,6 +51,10 @@ class GenerateRequest(google.protobuf.message.Message):
     MAX_TOKENS_FIELD_NUMBER: builtins.int
     STOP_FIELD_NUMBER: builtins.int
     IGNORE_EOS_FIELD_NUMBER: builtins.int
+    MIN_TOKENS_FIELD_NUMBER: builtins.int
+    STOP_TOKEN_IDS_FIELD_NUMBER: builtins.int
+    TOP_LOGPROBS_FIELD_NUMBER: builtins.int
+    CONSTRAINT_FIELD_NUMBER: builtins.int
     model: builtins.str
     """Name or manifest digest of the engine; empty means the active one."""
     prompt: builtins.str
@@ -59,6 +63,10 @@ class GenerateRequest(google.protobuf.message.Message):
     """Most tokens to generate. 0 means 512, or what the context leaves if that is less."""
     ignore_eos: builtins.bool
     """Goes on past the model's end-of-sequence tokens, to max_tokens: for measuring."""
+    min_tokens: builtins.int
+    """Neither an end-of-sequence token nor a stop ends the answer before so many tokens. At most max_tokens."""
+    top_logprobs: builtins.int
+    """Set: each token comes with its log probability and those of so many likeliest alternatives, at most 20."""
     @property
     def chat(self) -> global___ChatInput:
         """Messages that go through the model's own chat template."""
@@ -68,6 +76,14 @@ class GenerateRequest(google.protobuf.message.Message):
     @property
     def stop(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Generation ends before any of these strings; the string itself is not returned. At most 16 of 256 bytes each."""
+
+    @property
+    def stop_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Generation ends with any of these tokens, as with the model's own end; the token is not returned. At most 64."""
+
+    @property
+    def constraint(self) -> global___Constraint:
+        """What the answer must look like."""
 
     def __init__(
         self,
@@ -79,12 +95,47 @@ class GenerateRequest(google.protobuf.message.Message):
         max_tokens: builtins.int = ...,
         stop: collections.abc.Iterable[builtins.str] | None = ...,
         ignore_eos: builtins.bool = ...,
+        min_tokens: builtins.int = ...,
+        stop_token_ids: collections.abc.Iterable[builtins.int] | None = ...,
+        top_logprobs: builtins.int | None = ...,
+        constraint: global___Constraint | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["chat", b"chat", "input", b"input", "prompt", b"prompt", "sampling", b"sampling"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["chat", b"chat", "ignore_eos", b"ignore_eos", "input", b"input", "max_tokens", b"max_tokens", "model", b"model", "prompt", b"prompt", "sampling", b"sampling", "stop", b"stop"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_top_logprobs", b"_top_logprobs", "chat", b"chat", "constraint", b"constraint", "input", b"input", "prompt", b"prompt", "sampling", b"sampling", "top_logprobs", b"top_logprobs"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_top_logprobs", b"_top_logprobs", "chat", b"chat", "constraint", b"constraint", "ignore_eos", b"ignore_eos", "input", b"input", "max_tokens", b"max_tokens", "min_tokens", b"min_tokens", "model", b"model", "prompt", b"prompt", "sampling", b"sampling", "stop", b"stop", "stop_token_ids", b"stop_token_ids", "top_logprobs", b"top_logprobs"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_top_logprobs", b"_top_logprobs"]) -> typing.Literal["top_logprobs"] | None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["input", b"input"]) -> typing.Literal["prompt", "chat"] | None: ...
 
 global___GenerateRequest = GenerateRequest
+
+@typing.final
+class Constraint(google.protobuf.message.Message):
+    """The answer's form, enforced token by token. Compiled once and kept; a text of at most 64 KiB."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    JSON_SCHEMA_FIELD_NUMBER: builtins.int
+    REGEX_FIELD_NUMBER: builtins.int
+    LARK_FIELD_NUMBER: builtins.int
+    json_schema: builtins.str
+    """JSON Schema, as JSON text; "{}" takes any JSON value."""
+    regex: builtins.str
+    """Regular expression in Rust's syntax; the whole answer must match."""
+    lark: builtins.str
+    """Lark grammar with the start rule `start`."""
+    def __init__(
+        self,
+        *,
+        json_schema: builtins.str = ...,
+        regex: builtins.str = ...,
+        lark: builtins.str = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["json_schema", b"json_schema", "kind", b"kind", "lark", b"lark", "regex", b"regex"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["json_schema", b"json_schema", "kind", b"kind", "lark", b"lark", "regex", b"regex"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["json_schema", "regex", "lark"] | None: ...
+
+global___Constraint = Constraint
 
 @typing.final
 class ChatInput(google.protobuf.message.Message):
@@ -127,24 +178,68 @@ global___ChatMessage = ChatMessage
 class Sampling(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    @typing.final
+    class LogitBiasEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.int
+        value: builtins.float
+        def __init__(
+            self,
+            *,
+            key: builtins.int = ...,
+            value: builtins.float = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
     TEMPERATURE_FIELD_NUMBER: builtins.int
     TOP_P_FIELD_NUMBER: builtins.int
     SEED_FIELD_NUMBER: builtins.int
+    TOP_K_FIELD_NUMBER: builtins.int
+    MIN_P_FIELD_NUMBER: builtins.int
+    REPETITION_PENALTY_FIELD_NUMBER: builtins.int
+    PRESENCE_PENALTY_FIELD_NUMBER: builtins.int
+    FREQUENCY_PENALTY_FIELD_NUMBER: builtins.int
+    LOGIT_BIAS_FIELD_NUMBER: builtins.int
     temperature: builtins.float
     """0 (the default) is greedy. At most 10."""
     top_p: builtins.float
     """Probability mass kept, in (0, 1]. Unset means 1."""
     seed: builtins.int
     """Same seed, same engine and same load: same text. Unset means a random one."""
+    top_k: builtins.int
+    """Only so many likeliest tokens; 0 means all."""
+    min_p: builtins.float
+    """Only tokens at least so likely as this share of the likeliest, in [0, 1]; 0 means all."""
+    repetition_penalty: builtins.float
+    """Divides the positive and multiplies the negative logits of tokens in prompt or answer, in (0, 10]. Unset means 1."""
+    presence_penalty: builtins.float
+    """Subtracted from the logits of tokens in the answer, in [-2, 2]."""
+    frequency_penalty: builtins.float
+    """Subtracted once for each time that the token is in the answer, in [-2, 2]."""
+    @property
+    def logit_bias(self) -> google.protobuf.internal.containers.ScalarMap[builtins.int, builtins.float]:
+        """Added to the logit of a token id, in [-100, 100]; -100 bans it. At most 1024 entries."""
+
     def __init__(
         self,
         *,
         temperature: builtins.float = ...,
         top_p: builtins.float | None = ...,
         seed: builtins.int | None = ...,
+        top_k: builtins.int = ...,
+        min_p: builtins.float = ...,
+        repetition_penalty: builtins.float | None = ...,
+        presence_penalty: builtins.float = ...,
+        frequency_penalty: builtins.float = ...,
+        logit_bias: collections.abc.Mapping[builtins.int, builtins.float] | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_seed", b"_seed", "_top_p", b"_top_p", "seed", b"seed", "top_p", b"top_p"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_seed", b"_seed", "_top_p", b"_top_p", "seed", b"seed", "temperature", b"temperature", "top_p", b"top_p"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_top_p", b"_top_p", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "top_p", b"top_p"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_top_p", b"_top_p", "frequency_penalty", b"frequency_penalty", "logit_bias", b"logit_bias", "min_p", b"min_p", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_repetition_penalty", b"_repetition_penalty"]) -> typing.Literal["repetition_penalty"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_seed", b"_seed"]) -> typing.Literal["seed"] | None: ...
     @typing.overload
@@ -162,6 +257,7 @@ class GenerateResponse(google.protobuf.message.Message):
     FINISH_REASON_FIELD_NUMBER: builtins.int
     USAGE_FIELD_NUMBER: builtins.int
     TIMINGS_FIELD_NUMBER: builtins.int
+    LOGPROBS_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """Given by the device; the same in every message of a stream."""
     text: builtins.str
@@ -180,6 +276,10 @@ class GenerateResponse(google.protobuf.message.Message):
     def timings(self) -> global___Timings:
         """Set in the last message alone."""
 
+    @property
+    def logprobs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___TokenLogprob]:
+        """One for each of token_ids, if the request asked for them."""
+
     def __init__(
         self,
         *,
@@ -189,11 +289,58 @@ class GenerateResponse(google.protobuf.message.Message):
         finish_reason: global___FinishReason.ValueType = ...,
         usage: global___Usage | None = ...,
         timings: global___Timings | None = ...,
+        logprobs: collections.abc.Iterable[global___TokenLogprob] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["timings", b"timings", "usage", b"usage"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["finish_reason", b"finish_reason", "request_id", b"request_id", "text", b"text", "timings", b"timings", "token_ids", b"token_ids", "usage", b"usage"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["finish_reason", b"finish_reason", "logprobs", b"logprobs", "request_id", b"request_id", "text", b"text", "timings", b"timings", "token_ids", b"token_ids", "usage", b"usage"]) -> None: ...
 
 global___GenerateResponse = GenerateResponse
+
+@typing.final
+class TokenLogprob(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TOKEN_FIELD_NUMBER: builtins.int
+    TOP_FIELD_NUMBER: builtins.int
+    @property
+    def token(self) -> global___TokenChance: ...
+    @property
+    def top(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___TokenChance]:
+        """Likeliest first."""
+
+    def __init__(
+        self,
+        *,
+        token: global___TokenChance | None = ...,
+        top: collections.abc.Iterable[global___TokenChance] | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["token", b"token"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["token", b"token", "top", b"top"]) -> None: ...
+
+global___TokenLogprob = TokenLogprob
+
+@typing.final
+class TokenChance(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ID_FIELD_NUMBER: builtins.int
+    LOGPROB_FIELD_NUMBER: builtins.int
+    TEXT_FIELD_NUMBER: builtins.int
+    id: builtins.int
+    logprob: builtins.float
+    """Natural logarithm, of the model's own distribution: before temperature, penalties, bias and constraint."""
+    text: builtins.bytes
+    """What the token stands for; bytes, since a token may be a part of a character."""
+    def __init__(
+        self,
+        *,
+        id: builtins.int = ...,
+        logprob: builtins.float = ...,
+        text: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["id", b"id", "logprob", b"logprob", "text", b"text"]) -> None: ...
+
+global___TokenChance = TokenChance
 
 @typing.final
 class Usage(google.protobuf.message.Message):
@@ -202,18 +349,33 @@ class Usage(google.protobuf.message.Message):
     PROMPT_TOKENS_FIELD_NUMBER: builtins.int
     COMPLETION_TOKENS_FIELD_NUMBER: builtins.int
     KV_BYTES_FIELD_NUMBER: builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: builtins.int
+    RECOMPUTED_TOKENS_FIELD_NUMBER: builtins.int
+    DRAFT_TOKENS_FIELD_NUMBER: builtins.int
+    ACCEPTED_DRAFT_TOKENS_FIELD_NUMBER: builtins.int
     prompt_tokens: builtins.int
     completion_tokens: builtins.int
     kv_bytes: builtins.int
     """KV cache that the sequence held at its end."""
+    cached_tokens: builtins.int
+    """Of the prompt, found in the KV cache of earlier or running requests and not computed again."""
+    recomputed_tokens: builtins.int
+    """Computed again because the memory was needed elsewhere for a while."""
+    draft_tokens: builtins.int
+    """Guessed from the text so far and verified several at once; accepted ones are part of completion_tokens."""
+    accepted_draft_tokens: builtins.int
     def __init__(
         self,
         *,
         prompt_tokens: builtins.int = ...,
         completion_tokens: builtins.int = ...,
         kv_bytes: builtins.int = ...,
+        cached_tokens: builtins.int = ...,
+        recomputed_tokens: builtins.int = ...,
+        draft_tokens: builtins.int = ...,
+        accepted_draft_tokens: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["completion_tokens", b"completion_tokens", "kv_bytes", b"kv_bytes", "prompt_tokens", b"prompt_tokens"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["accepted_draft_tokens", b"accepted_draft_tokens", "cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "draft_tokens", b"draft_tokens", "kv_bytes", b"kv_bytes", "prompt_tokens", b"prompt_tokens", "recomputed_tokens", b"recomputed_tokens"]) -> None: ...
 
 global___Usage = Usage
 

@@ -300,6 +300,11 @@ class Runtime(google.protobuf.message.Message):
     WORKER_RESTARTS_TOTAL_FIELD_NUMBER: builtins.int
     WORKER_RSS_BYTES_FIELD_NUMBER: builtins.int
     LOAD_S_FIELD_NUMBER: builtins.int
+    KV_CACHED_BYTES_FIELD_NUMBER: builtins.int
+    CACHED_TOKENS_TOTAL_FIELD_NUMBER: builtins.int
+    PREEMPTIONS_TOTAL_FIELD_NUMBER: builtins.int
+    DRAFT_TOKENS_TOTAL_FIELD_NUMBER: builtins.int
+    ACCEPTED_DRAFT_TOKENS_TOTAL_FIELD_NUMBER: builtins.int
     state: builtins.str
     """"none", "starting", "serving", "draining", "restarting"."""
     engine: builtins.str
@@ -321,6 +326,15 @@ class Runtime(google.protobuf.message.Message):
     """Anonymous and shared memory of the worker (RssAnon + RssShmem)."""
     load_s: builtins.float
     """Seconds that the worker took to load the engine."""
+    kv_cached_bytes: builtins.int
+    """Held by finished sequences whose KV may serve as a prefix; part of kv_used_bytes."""
+    cached_tokens_total: builtins.int
+    """Since the agent's start: prompt tokens found in the KV cache, sequences put back to the queue for memory or for
+    fairness, tokens guessed and verified, and how many of those were right.
+    """
+    preemptions_total: builtins.int
+    draft_tokens_total: builtins.int
+    accepted_draft_tokens_total: builtins.int
     def __init__(
         self,
         *,
@@ -338,9 +352,14 @@ class Runtime(google.protobuf.message.Message):
         worker_restarts_total: builtins.int = ...,
         worker_rss_bytes: builtins.int | None = ...,
         load_s: builtins.float | None = ...,
+        kv_cached_bytes: builtins.int = ...,
+        cached_tokens_total: builtins.int = ...,
+        preemptions_total: builtins.int = ...,
+        draft_tokens_total: builtins.int = ...,
+        accepted_draft_tokens_total: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_load_s", b"_load_s", "_worker_rss_bytes", b"_worker_rss_bytes", "load_s", b"load_s", "worker_rss_bytes", b"worker_rss_bytes"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_load_s", b"_load_s", "_worker_rss_bytes", b"_worker_rss_bytes", "decode_tokens_per_s", b"decode_tokens_per_s", "engine", b"engine", "generated_tokens_total", b"generated_tokens_total", "kv_bound_bytes", b"kv_bound_bytes", "kv_promised_bytes", b"kv_promised_bytes", "kv_used_bytes", b"kv_used_bytes", "load_s", b"load_s", "prefill_tokens_per_s", b"prefill_tokens_per_s", "requests_total", b"requests_total", "running_sequences", b"running_sequences", "state", b"state", "waiting_requests", b"waiting_requests", "worker_restarts_total", b"worker_restarts_total", "worker_rss_bytes", b"worker_rss_bytes"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_load_s", b"_load_s", "_worker_rss_bytes", b"_worker_rss_bytes", "accepted_draft_tokens_total", b"accepted_draft_tokens_total", "cached_tokens_total", b"cached_tokens_total", "decode_tokens_per_s", b"decode_tokens_per_s", "draft_tokens_total", b"draft_tokens_total", "engine", b"engine", "generated_tokens_total", b"generated_tokens_total", "kv_bound_bytes", b"kv_bound_bytes", "kv_cached_bytes", b"kv_cached_bytes", "kv_promised_bytes", b"kv_promised_bytes", "kv_used_bytes", b"kv_used_bytes", "load_s", b"load_s", "preemptions_total", b"preemptions_total", "prefill_tokens_per_s", b"prefill_tokens_per_s", "requests_total", b"requests_total", "running_sequences", b"running_sequences", "state", b"state", "waiting_requests", b"waiting_requests", "worker_restarts_total", b"worker_restarts_total", "worker_rss_bytes", b"worker_rss_bytes"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_load_s", b"_load_s"]) -> typing.Literal["load_s"] | None: ...
     @typing.overload

@@ -16,47 +16,49 @@ from edgellm.v1 import device_pb2 as edgellm_dot_v1_dot_device__pb2
 from edgellm.v1 import inference_pb2 as edgellm_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x65\x64gellm/v1/worker.proto\x12\nedgellm.v1\x1a\x17\x65\x64gellm/v1/device.proto\x1a\x1a\x65\x64gellm/v1/inference.proto\"\xef\x01\n\x08ToWorker\x12 \n\x04load\x18\x01 \x01(\x0b\x32\x10.edgellm.v1.LoadH\x00\x12$\n\x06submit\x18\x02 \x01(\x0b\x32\x12.edgellm.v1.SubmitH\x00\x12$\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x12.edgellm.v1.CancelH\x00\x12$\n\x06\x63redit\x18\x04 \x01(\x0b\x32\x12.edgellm.v1.CreditH\x00\x12\"\n\x05\x64rain\x18\x05 \x01(\x0b\x32\x11.edgellm.v1.DrainH\x00\x12 \n\x04ping\x18\x06 \x01(\x0b\x32\x10.edgellm.v1.PingH\x00\x42\t\n\x07message\"\xf1\x01\n\nFromWorker\x12\"\n\x05ready\x18\x01 \x01(\x0b\x32\x11.edgellm.v1.ReadyH\x00\x12 \n\x04step\x18\x02 \x01(\x0b\x32\x10.edgellm.v1.StepH\x00\x12\"\n\x05\x65nded\x18\x03 \x01(\x0b\x32\x11.edgellm.v1.EndedH\x00\x12\"\n\x05stats\x18\x04 \x01(\x0b\x32\x11.edgellm.v1.StatsH\x00\x12\"\n\x05\x66\x61tal\x18\x05 \x01(\x0b\x32\x11.edgellm.v1.FatalH\x00\x12&\n\x07\x64rained\x18\x06 \x01(\x0b\x32\x13.edgellm.v1.DrainedH\x00\x42\t\n\x07message\"\x8d\x01\n\x04Load\x12\x11\n\tdirectory\x18\x01 \x01(\t\x12\x0e\n\x06\x63onfig\x18\x02 \x01(\x0c\x12$\n\x04plan\x18\x03 \x01(\x0b\x32\x16.edgellm.v1.MemoryPlan\x12\x0f\n\x07threads\x18\x04 \x01(\r\x12\x16\n\x0eprefill_tokens\x18\x05 \x01(\r\x12\x13\n\x0bmax_waiting\x18\x06 \x01(\r\"g\n\x05Ready\x12\x0e\n\x06load_s\x18\x01 \x01(\x01\x12$\n\x04plan\x18\x02 \x01(\x0b\x32\x16.edgellm.v1.MemoryPlan\x12(\n\x07runtime\x18\x03 \x01(\x0b\x32\x17.edgellm.v1.RuntimeInfo\"m\n\x06Submit\x12\n\n\x02id\x18\x01 \x01(\x04\x12,\n\x07request\x18\x02 \x01(\x0b\x32\x1b.edgellm.v1.GenerateRequest\x12\x15\n\rcredit_tokens\x18\x03 \x01(\r\x12\x12\n\ndeadline_s\x18\x04 \x01(\x01\"\x14\n\x06\x43\x61ncel\x12\n\n\x02id\x18\x01 \x01(\x04\"$\n\x06\x43redit\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x0e\n\x06tokens\x18\x02 \x01(\r\"\x07\n\x05\x44rain\"\t\n\x07\x44rained\"\x06\n\x04Ping\")\n\x04Step\x12!\n\x06\x64\x65ltas\x18\x01 \x03(\x0b\x32\x11.edgellm.v1.Delta\"4\n\x05\x44\x65lta\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\"p\n\x05\x45nded\x12\n\n\x02id\x18\x01 \x01(\x04\x12(\n\x08\x66inished\x18\x02 \x01(\x0b\x32\x14.edgellm.v1.FinishedH\x00\x12&\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x13.edgellm.v1.FailureH\x00\x42\t\n\x07outcome\"|\n\x08\x46inished\x12(\n\x06reason\x18\x01 \x01(\x0e\x32\x18.edgellm.v1.FinishReason\x12 \n\x05usage\x18\x02 \x01(\x0b\x32\x11.edgellm.v1.Usage\x12$\n\x07timings\x18\x03 \x01(\x0b\x32\x13.edgellm.v1.Timings\"\x7f\n\x07\x46\x61ilure\x12%\n\x04kind\x18\x01 \x01(\x0e\x32\x17.edgellm.v1.FailureKind\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05\x66ield\x18\x03 \x01(\t\x12\x14\n\x0cneeded_bytes\x18\x04 \x01(\x04\x12\x17\n\x0f\x61vailable_bytes\x18\x05 \x01(\x04\"\xc4\x01\n\x05Stats\x12\x19\n\x11running_sequences\x18\x01 \x01(\r\x12\x18\n\x10waiting_requests\x18\x02 \x01(\r\x12\x15\n\rkv_used_bytes\x18\x03 \x01(\x04\x12\x19\n\x11kv_promised_bytes\x18\x04 \x01(\x04\x12\x16\n\x0ekv_bound_bytes\x18\x05 \x01(\x04\x12\x1c\n\x14prefill_tokens_total\x18\x06 \x01(\x04\x12\x1e\n\x16generated_tokens_total\x18\x07 \x01(\x04\"n\n\x05\x46\x61tal\x12%\n\x04kind\x18\x01 \x01(\x0e\x32\x17.edgellm.v1.FailureKind\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x14\n\x0cneeded_bytes\x18\x03 \x01(\x04\x12\x17\n\x0f\x61vailable_bytes\x18\x04 \x01(\x04*\xe5\x01\n\x0b\x46\x61ilureKind\x12\x1c\n\x18\x46\x41ILURE_KIND_UNSPECIFIED\x10\x00\x12\x18\n\x14\x46\x41ILURE_KIND_INVALID\x10\x01\x12\x1a\n\x16\x46\x41ILURE_KIND_TOO_LARGE\x10\x02\x12\x15\n\x11\x46\x41ILURE_KIND_BUSY\x10\x03\x12\x1a\n\x16\x46\x41ILURE_KIND_CANCELLED\x10\x04\x12\x19\n\x15\x46\x41ILURE_KIND_DEADLINE\x10\x05\x12\x19\n\x15\x46\x41ILURE_KIND_DRAINING\x10\x06\x12\x19\n\x15\x46\x41ILURE_KIND_INTERNAL\x10\x07\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x65\x64gellm/v1/worker.proto\x12\nedgellm.v1\x1a\x17\x65\x64gellm/v1/device.proto\x1a\x1a\x65\x64gellm/v1/inference.proto\"\x9c\x02\n\x08ToWorker\x12 \n\x04load\x18\x01 \x01(\x0b\x32\x10.edgellm.v1.LoadH\x00\x12$\n\x06submit\x18\x02 \x01(\x0b\x32\x12.edgellm.v1.SubmitH\x00\x12$\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x12.edgellm.v1.CancelH\x00\x12$\n\x06\x63redit\x18\x04 \x01(\x0b\x32\x12.edgellm.v1.CreditH\x00\x12\"\n\x05\x64rain\x18\x05 \x01(\x0b\x32\x11.edgellm.v1.DrainH\x00\x12 \n\x04ping\x18\x06 \x01(\x0b\x32\x10.edgellm.v1.PingH\x00\x12+\n\nset_limits\x18\x07 \x01(\x0b\x32\x15.edgellm.v1.SetLimitsH\x00\x42\t\n\x07message\"\xf1\x01\n\nFromWorker\x12\"\n\x05ready\x18\x01 \x01(\x0b\x32\x11.edgellm.v1.ReadyH\x00\x12 \n\x04step\x18\x02 \x01(\x0b\x32\x10.edgellm.v1.StepH\x00\x12\"\n\x05\x65nded\x18\x03 \x01(\x0b\x32\x11.edgellm.v1.EndedH\x00\x12\"\n\x05stats\x18\x04 \x01(\x0b\x32\x11.edgellm.v1.StatsH\x00\x12\"\n\x05\x66\x61tal\x18\x05 \x01(\x0b\x32\x11.edgellm.v1.FatalH\x00\x12&\n\x07\x64rained\x18\x06 \x01(\x0b\x32\x13.edgellm.v1.DrainedH\x00\x42\t\n\x07message\"\xba\x01\n\x04Load\x12\x11\n\tdirectory\x18\x01 \x01(\t\x12\x0e\n\x06\x63onfig\x18\x02 \x01(\x0c\x12$\n\x04plan\x18\x03 \x01(\x0b\x32\x16.edgellm.v1.MemoryPlan\x12\x0f\n\x07threads\x18\x04 \x01(\r\x12\x16\n\x0eprefill_tokens\x18\x05 \x01(\r\x12\x13\n\x0bmax_waiting\x18\x06 \x01(\r\x12\x18\n\x10prefill_budget_s\x18\x07 \x01(\x01\x12\x11\n\tspeculate\x18\x08 \x01(\x08\"g\n\x05Ready\x12\x0e\n\x06load_s\x18\x01 \x01(\x01\x12$\n\x04plan\x18\x02 \x01(\x0b\x32\x16.edgellm.v1.MemoryPlan\x12(\n\x07runtime\x18\x03 \x01(\x0b\x32\x17.edgellm.v1.RuntimeInfo\"}\n\x06Submit\x12\n\n\x02id\x18\x01 \x01(\x04\x12,\n\x07request\x18\x02 \x01(\x0b\x32\x1b.edgellm.v1.GenerateRequest\x12\x15\n\rcredit_tokens\x18\x03 \x01(\r\x12\x12\n\ndeadline_s\x18\x04 \x01(\x01\x12\x0e\n\x06\x63lient\x18\x05 \x01(\t\"\x14\n\x06\x43\x61ncel\x12\n\n\x02id\x18\x01 \x01(\x04\"$\n\x06\x43redit\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x0e\n\x06tokens\x18\x02 \x01(\r\"4\n\tSetLimits\x12\x10\n\x08kv_bytes\x18\x01 \x01(\x04\x12\x15\n\rmax_sequences\x18\x02 \x01(\r\"\x07\n\x05\x44rain\"\t\n\x07\x44rained\"\x06\n\x04Ping\")\n\x04Step\x12!\n\x06\x64\x65ltas\x18\x01 \x03(\x0b\x32\x11.edgellm.v1.Delta\"`\n\x05\x44\x65lta\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12*\n\x08logprobs\x18\x04 \x03(\x0b\x32\x18.edgellm.v1.TokenLogprob\"p\n\x05\x45nded\x12\n\n\x02id\x18\x01 \x01(\x04\x12(\n\x08\x66inished\x18\x02 \x01(\x0b\x32\x14.edgellm.v1.FinishedH\x00\x12&\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x13.edgellm.v1.FailureH\x00\x42\t\n\x07outcome\"|\n\x08\x46inished\x12(\n\x06reason\x18\x01 \x01(\x0e\x32\x18.edgellm.v1.FinishReason\x12 \n\x05usage\x18\x02 \x01(\x0b\x32\x11.edgellm.v1.Usage\x12$\n\x07timings\x18\x03 \x01(\x0b\x32\x13.edgellm.v1.Timings\"\x7f\n\x07\x46\x61ilure\x12%\n\x04kind\x18\x01 \x01(\x0e\x32\x17.edgellm.v1.FailureKind\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05\x66ield\x18\x03 \x01(\t\x12\x14\n\x0cneeded_bytes\x18\x04 \x01(\x04\x12\x17\n\x0f\x61vailable_bytes\x18\x05 \x01(\x04\"\x8e\x03\n\x05Stats\x12\x19\n\x11running_sequences\x18\x01 \x01(\r\x12\x18\n\x10waiting_requests\x18\x02 \x01(\r\x12\x15\n\rkv_used_bytes\x18\x03 \x01(\x04\x12\x19\n\x11kv_promised_bytes\x18\x04 \x01(\x04\x12\x16\n\x0ekv_bound_bytes\x18\x05 \x01(\x04\x12\x1c\n\x14prefill_tokens_total\x18\x06 \x01(\x04\x12\x1e\n\x16generated_tokens_total\x18\x07 \x01(\x04\x12\x17\n\x0fkv_cached_bytes\x18\x08 \x01(\x04\x12\x1b\n\x13\x63\x61\x63hed_tokens_total\x18\t \x01(\x04\x12\x19\n\x11preemptions_total\x18\n \x01(\x04\x12\x1f\n\x17recomputed_tokens_total\x18\x0b \x01(\x04\x12\x1a\n\x12\x64raft_tokens_total\x18\x0c \x01(\x04\x12#\n\x1b\x61\x63\x63\x65pted_draft_tokens_total\x18\r \x01(\x04\x12\x15\n\rmax_sequences\x18\x0e \x01(\r\"n\n\x05\x46\x61tal\x12%\n\x04kind\x18\x01 \x01(\x0e\x32\x17.edgellm.v1.FailureKind\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x14\n\x0cneeded_bytes\x18\x03 \x01(\x04\x12\x17\n\x0f\x61vailable_bytes\x18\x04 \x01(\x04*\xe5\x01\n\x0b\x46\x61ilureKind\x12\x1c\n\x18\x46\x41ILURE_KIND_UNSPECIFIED\x10\x00\x12\x18\n\x14\x46\x41ILURE_KIND_INVALID\x10\x01\x12\x1a\n\x16\x46\x41ILURE_KIND_TOO_LARGE\x10\x02\x12\x15\n\x11\x46\x41ILURE_KIND_BUSY\x10\x03\x12\x1a\n\x16\x46\x41ILURE_KIND_CANCELLED\x10\x04\x12\x19\n\x15\x46\x41ILURE_KIND_DEADLINE\x10\x05\x12\x19\n\x15\x46\x41ILURE_KIND_DRAINING\x10\x06\x12\x19\n\x15\x46\x41ILURE_KIND_INTERNAL\x10\x07\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'edgellm.v1.worker_pb2', _globals)
 if _descriptor._USE_C_DESCRIPTORS == False:
   DESCRIPTOR._options = None
-  _globals['_FAILUREKIND']._serialized_start=1804
-  _globals['_FAILUREKIND']._serialized_end=2033
+  _globals['_FAILUREKIND']._serialized_start=2210
+  _globals['_FAILUREKIND']._serialized_end=2439
   _globals['_TOWORKER']._serialized_start=93
-  _globals['_TOWORKER']._serialized_end=332
-  _globals['_FROMWORKER']._serialized_start=335
-  _globals['_FROMWORKER']._serialized_end=576
-  _globals['_LOAD']._serialized_start=579
-  _globals['_LOAD']._serialized_end=720
-  _globals['_READY']._serialized_start=722
-  _globals['_READY']._serialized_end=825
-  _globals['_SUBMIT']._serialized_start=827
-  _globals['_SUBMIT']._serialized_end=936
-  _globals['_CANCEL']._serialized_start=938
-  _globals['_CANCEL']._serialized_end=958
-  _globals['_CREDIT']._serialized_start=960
-  _globals['_CREDIT']._serialized_end=996
-  _globals['_DRAIN']._serialized_start=998
-  _globals['_DRAIN']._serialized_end=1005
-  _globals['_DRAINED']._serialized_start=1007
-  _globals['_DRAINED']._serialized_end=1016
-  _globals['_PING']._serialized_start=1018
-  _globals['_PING']._serialized_end=1024
-  _globals['_STEP']._serialized_start=1026
-  _globals['_STEP']._serialized_end=1067
-  _globals['_DELTA']._serialized_start=1069
-  _globals['_DELTA']._serialized_end=1121
-  _globals['_ENDED']._serialized_start=1123
-  _globals['_ENDED']._serialized_end=1235
-  _globals['_FINISHED']._serialized_start=1237
-  _globals['_FINISHED']._serialized_end=1361
-  _globals['_FAILURE']._serialized_start=1363
-  _globals['_FAILURE']._serialized_end=1490
-  _globals['_STATS']._serialized_start=1493
-  _globals['_STATS']._serialized_end=1689
-  _globals['_FATAL']._serialized_start=1691
-  _globals['_FATAL']._serialized_end=1801
+  _globals['_TOWORKER']._serialized_end=377
+  _globals['_FROMWORKER']._serialized_start=380
+  _globals['_FROMWORKER']._serialized_end=621
+  _globals['_LOAD']._serialized_start=624
+  _globals['_LOAD']._serialized_end=810
+  _globals['_READY']._serialized_start=812
+  _globals['_READY']._serialized_end=915
+  _globals['_SUBMIT']._serialized_start=917
+  _globals['_SUBMIT']._serialized_end=1042
+  _globals['_CANCEL']._serialized_start=1044
+  _globals['_CANCEL']._serialized_end=1064
+  _globals['_CREDIT']._serialized_start=1066
+  _globals['_CREDIT']._serialized_end=1102
+  _globals['_SETLIMITS']._serialized_start=1104
+  _globals['_SETLIMITS']._serialized_end=1156
+  _globals['_DRAIN']._serialized_start=1158
+  _globals['_DRAIN']._serialized_end=1165
+  _globals['_DRAINED']._serialized_start=1167
+  _globals['_DRAINED']._serialized_end=1176
+  _globals['_PING']._serialized_start=1178
+  _globals['_PING']._serialized_end=1184
+  _globals['_STEP']._serialized_start=1186
+  _globals['_STEP']._serialized_end=1227
+  _globals['_DELTA']._serialized_start=1229
+  _globals['_DELTA']._serialized_end=1325
+  _globals['_ENDED']._serialized_start=1327
+  _globals['_ENDED']._serialized_end=1439
+  _globals['_FINISHED']._serialized_start=1441
+  _globals['_FINISHED']._serialized_end=1565
+  _globals['_FAILURE']._serialized_start=1567
+  _globals['_FAILURE']._serialized_end=1694
+  _globals['_STATS']._serialized_start=1697
+  _globals['_STATS']._serialized_end=2095
+  _globals['_FATAL']._serialized_start=2097
+  _globals['_FATAL']._serialized_end=2207
 # @@protoc_insertion_point(module_scope)

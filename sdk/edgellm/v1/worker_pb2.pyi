@@ -66,6 +66,7 @@ class ToWorker(google.protobuf.message.Message):
     CREDIT_FIELD_NUMBER: builtins.int
     DRAIN_FIELD_NUMBER: builtins.int
     PING_FIELD_NUMBER: builtins.int
+    SET_LIMITS_FIELD_NUMBER: builtins.int
     @property
     def load(self) -> global___Load: ...
     @property
@@ -78,6 +79,8 @@ class ToWorker(google.protobuf.message.Message):
     def drain(self) -> global___Drain: ...
     @property
     def ping(self) -> global___Ping: ...
+    @property
+    def set_limits(self) -> global___SetLimits: ...
     def __init__(
         self,
         *,
@@ -87,10 +90,11 @@ class ToWorker(google.protobuf.message.Message):
         credit: global___Credit | None = ...,
         drain: global___Drain | None = ...,
         ping: global___Ping | None = ...,
+        set_limits: global___SetLimits | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["cancel", b"cancel", "credit", b"credit", "drain", b"drain", "load", b"load", "message", b"message", "ping", b"ping", "submit", b"submit"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["cancel", b"cancel", "credit", b"credit", "drain", b"drain", "load", b"load", "message", b"message", "ping", b"ping", "submit", b"submit"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["message", b"message"]) -> typing.Literal["load", "submit", "cancel", "credit", "drain", "ping"] | None: ...
+    def HasField(self, field_name: typing.Literal["cancel", b"cancel", "credit", b"credit", "drain", b"drain", "load", b"load", "message", b"message", "ping", b"ping", "set_limits", b"set_limits", "submit", b"submit"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["cancel", b"cancel", "credit", b"credit", "drain", b"drain", "load", b"load", "message", b"message", "ping", b"ping", "set_limits", b"set_limits", "submit", b"submit"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["message", b"message"]) -> typing.Literal["load", "submit", "cancel", "credit", "drain", "ping", "set_limits"] | None: ...
 
 global___ToWorker = ToWorker
 
@@ -144,6 +148,8 @@ class Load(google.protobuf.message.Message):
     THREADS_FIELD_NUMBER: builtins.int
     PREFILL_TOKENS_FIELD_NUMBER: builtins.int
     MAX_WAITING_FIELD_NUMBER: builtins.int
+    PREFILL_BUDGET_S_FIELD_NUMBER: builtins.int
+    SPECULATE_FIELD_NUMBER: builtins.int
     directory: builtins.str
     """Directory with the engine's files by their titles."""
     config: builtins.bytes
@@ -154,6 +160,10 @@ class Load(google.protobuf.message.Message):
     """Longest chunk of a prompt that one step computes, tokens: what the plan's workspace was counted for."""
     max_waiting: builtins.int
     """Requests that may wait for memory; one more is refused."""
+    prefill_budget_s: builtins.float
+    """Longest that a chunk of a prompt may hold up the running streams, seconds."""
+    speculate: builtins.bool
+    """Guess tokens from the text so far and verify several at once, where that pays."""
     @property
     def plan(self) -> edgellm.v1.device_pb2.MemoryPlan:
         """What the worker may take."""
@@ -167,9 +177,11 @@ class Load(google.protobuf.message.Message):
         threads: builtins.int = ...,
         prefill_tokens: builtins.int = ...,
         max_waiting: builtins.int = ...,
+        prefill_budget_s: builtins.float = ...,
+        speculate: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["plan", b"plan"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["config", b"config", "directory", b"directory", "max_waiting", b"max_waiting", "plan", b"plan", "prefill_tokens", b"prefill_tokens", "threads", b"threads"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["config", b"config", "directory", b"directory", "max_waiting", b"max_waiting", "plan", b"plan", "prefill_budget_s", b"prefill_budget_s", "prefill_tokens", b"prefill_tokens", "speculate", b"speculate", "threads", b"threads"]) -> None: ...
 
 global___Load = Load
 
@@ -209,12 +221,15 @@ class Submit(google.protobuf.message.Message):
     REQUEST_FIELD_NUMBER: builtins.int
     CREDIT_TOKENS_FIELD_NUMBER: builtins.int
     DEADLINE_S_FIELD_NUMBER: builtins.int
+    CLIENT_FIELD_NUMBER: builtins.int
     id: builtins.int
     """Unique while the worker lives."""
     credit_tokens: builtins.int
     """Tokens that may be sent before the first Credit."""
     deadline_s: builtins.float
     """Seconds from now; 0 means none."""
+    client: builtins.str
+    """Whose request it is: clients get equal shares."""
     @property
     def request(self) -> edgellm.v1.inference_pb2.GenerateRequest: ...
     def __init__(
@@ -224,9 +239,10 @@ class Submit(google.protobuf.message.Message):
         request: edgellm.v1.inference_pb2.GenerateRequest | None = ...,
         credit_tokens: builtins.int = ...,
         deadline_s: builtins.float = ...,
+        client: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["request", b"request"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["credit_tokens", b"credit_tokens", "deadline_s", b"deadline_s", "id", b"id", "request", b"request"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["client", b"client", "credit_tokens", b"credit_tokens", "deadline_s", b"deadline_s", "id", b"id", "request", b"request"]) -> None: ...
 
 global___Submit = Submit
 
@@ -264,6 +280,28 @@ class Credit(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["id", b"id", "tokens", b"tokens"]) -> None: ...
 
 global___Credit = Credit
+
+@typing.final
+class SetLimits(google.protobuf.message.Message):
+    """What the worker may take from now on; it evicts cached prefixes, then preempts, until it holds no more."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    KV_BYTES_FIELD_NUMBER: builtins.int
+    MAX_SEQUENCES_FIELD_NUMBER: builtins.int
+    kv_bytes: builtins.int
+    """At most what the plan granted."""
+    max_sequences: builtins.int
+    """At least 1, at most what the plan granted."""
+    def __init__(
+        self,
+        *,
+        kv_bytes: builtins.int = ...,
+        max_sequences: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["kv_bytes", b"kv_bytes", "max_sequences", b"max_sequences"]) -> None: ...
+
+global___SetLimits = SetLimits
 
 @typing.final
 class Drain(google.protobuf.message.Message):
@@ -326,18 +364,22 @@ class Delta(google.protobuf.message.Message):
     ID_FIELD_NUMBER: builtins.int
     TOKEN_IDS_FIELD_NUMBER: builtins.int
     TEXT_FIELD_NUMBER: builtins.int
+    LOGPROBS_FIELD_NUMBER: builtins.int
     id: builtins.int
     text: builtins.str
     @property
     def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    @property
+    def logprobs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[edgellm.v1.inference_pb2.TokenLogprob]: ...
     def __init__(
         self,
         *,
         id: builtins.int = ...,
         token_ids: collections.abc.Iterable[builtins.int] | None = ...,
         text: builtins.str = ...,
+        logprobs: collections.abc.Iterable[edgellm.v1.inference_pb2.TokenLogprob] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["id", b"id", "text", b"text", "token_ids", b"token_ids"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["id", b"id", "logprobs", b"logprobs", "text", b"text", "token_ids", b"token_ids"]) -> None: ...
 
 global___Delta = Delta
 
@@ -430,14 +472,29 @@ class Stats(google.protobuf.message.Message):
     KV_BOUND_BYTES_FIELD_NUMBER: builtins.int
     PREFILL_TOKENS_TOTAL_FIELD_NUMBER: builtins.int
     GENERATED_TOKENS_TOTAL_FIELD_NUMBER: builtins.int
+    KV_CACHED_BYTES_FIELD_NUMBER: builtins.int
+    CACHED_TOKENS_TOTAL_FIELD_NUMBER: builtins.int
+    PREEMPTIONS_TOTAL_FIELD_NUMBER: builtins.int
+    RECOMPUTED_TOKENS_TOTAL_FIELD_NUMBER: builtins.int
+    DRAFT_TOKENS_TOTAL_FIELD_NUMBER: builtins.int
+    ACCEPTED_DRAFT_TOKENS_TOTAL_FIELD_NUMBER: builtins.int
+    MAX_SEQUENCES_FIELD_NUMBER: builtins.int
     running_sequences: builtins.int
     waiting_requests: builtins.int
     kv_used_bytes: builtins.int
     kv_promised_bytes: builtins.int
     kv_bound_bytes: builtins.int
     prefill_tokens_total: builtins.int
-    """Since the worker's start."""
+    """Since the worker's start. Prefill counts computed tokens alone, not those found in the cache."""
     generated_tokens_total: builtins.int
+    kv_cached_bytes: builtins.int
+    """Held by finished sequences whose KV may serve as a prefix; the first to go when memory is needed."""
+    cached_tokens_total: builtins.int
+    preemptions_total: builtins.int
+    recomputed_tokens_total: builtins.int
+    draft_tokens_total: builtins.int
+    accepted_draft_tokens_total: builtins.int
+    max_sequences: builtins.int
     def __init__(
         self,
         *,
@@ -448,8 +505,15 @@ class Stats(google.protobuf.message.Message):
         kv_bound_bytes: builtins.int = ...,
         prefill_tokens_total: builtins.int = ...,
         generated_tokens_total: builtins.int = ...,
+        kv_cached_bytes: builtins.int = ...,
+        cached_tokens_total: builtins.int = ...,
+        preemptions_total: builtins.int = ...,
+        recomputed_tokens_total: builtins.int = ...,
+        draft_tokens_total: builtins.int = ...,
+        accepted_draft_tokens_total: builtins.int = ...,
+        max_sequences: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["generated_tokens_total", b"generated_tokens_total", "kv_bound_bytes", b"kv_bound_bytes", "kv_promised_bytes", b"kv_promised_bytes", "kv_used_bytes", b"kv_used_bytes", "prefill_tokens_total", b"prefill_tokens_total", "running_sequences", b"running_sequences", "waiting_requests", b"waiting_requests"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["accepted_draft_tokens_total", b"accepted_draft_tokens_total", "cached_tokens_total", b"cached_tokens_total", "draft_tokens_total", b"draft_tokens_total", "generated_tokens_total", b"generated_tokens_total", "kv_bound_bytes", b"kv_bound_bytes", "kv_cached_bytes", b"kv_cached_bytes", "kv_promised_bytes", b"kv_promised_bytes", "kv_used_bytes", b"kv_used_bytes", "max_sequences", b"max_sequences", "preemptions_total", b"preemptions_total", "prefill_tokens_total", b"prefill_tokens_total", "recomputed_tokens_total", b"recomputed_tokens_total", "running_sequences", b"running_sequences", "waiting_requests", b"waiting_requests"]) -> None: ...
 
 global___Stats = Stats
 
