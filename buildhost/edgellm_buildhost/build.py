@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from edgellm.bundle.config import (
@@ -18,16 +19,24 @@ from edgellm.bundle.config import (
 from edgellm_buildhost.checkpoint.base import Architecture, Checkpoint
 from edgellm_buildhost.errors import BuildError
 from edgellm_buildhost.graph.decoder import write_decoder
-from edgellm_buildhost.graph.onnxruntime import RUNTIME_REQUIRES, OnnxRuntimeDialect
+from edgellm_buildhost.graph.onnxruntime import (
+    RUNTIME_REQUIRES,
+    RUNTIME_REQUIRES_INT8_KV,
+    OnnxRuntimeDialect,
+)
 from edgellm_buildhost.graph.weights import SHARD_BYTES, WeightShards
-from edgellm_buildhost.recipe import RECIPES, PrecisionName, QuantizedWeights, Recipe
+from edgellm_buildhost.recipe import RECIPES, KvName, PrecisionName, QuantizedWeights, Recipe
 
 GRAPH_FILE = "model.onnx"
+RAGGED_GRAPH_FILE = "model-ragged.onnx"
 TOKENIZER_FILE = "tokenizer.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 _INTEGER_ACTIVATIONS = 4
 _HEAD_DIM_STEP = 16
 _SESSION_BYTES = 10 * 1024 * 1024  # graph, kernels and threads of a session
+
+Progress = Callable[[str, int, int], None]
+"""Told the stage of a build, and of that stage what is done, and all."""
 
 
 def build_engine(
@@ -36,14 +45,16 @@ def build_engine(
     directory: Path,
     *,
     profile: str,
+    kv: KvName = KvName.FLOAT32,
     name: str | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     accuracy_level: int = _INTEGER_ACTIVATIONS,
     shard_bytes: int = SHARD_BYTES,
 ) -> EngineConfig:
     """Write the engine's files into `directory`, which exists and is empty, and describe them.
 
-    Equal arguments give equal bytes. Memory follows the largest matrix, not the model. `accuracy_level` 0
+    Equal arguments give equal bytes. Memory follows the largest matrix, not the model; an INT8 KV cache is
+    calibrated by running the engine, which takes the memory of all its weights. `accuracy_level` 0
     multiplies in float32 instead of 8-bit integers. Raises BuildError for a checkpoint that cannot be
     built, OSError for a disk that cannot be written; what was written until then stays in `directory`.
     """
@@ -53,42 +64,66 @@ def build_engine(
             f"{checkpoint.name}: head_dim {architecture.head_dim} is no multiple of {_HEAD_DIM_STEP}",
             "the attention kernel of ONNX Runtime takes no other head size: choose another model",
         )
+    progress = progress or _silent
     weights = QuantizedWeights(checkpoint, recipe)
     with WeightShards(directory, shard_bytes) as shards:
         dialect = OnnxRuntimeDialect(architecture, shards, accuracy_level=accuracy_level)
-        write_decoder(architecture, weights, dialect, progress or _silent)
-        dialect.save(directory / GRAPH_FILE)
+        write_decoder(architecture, weights, dialect, partial(progress, "quantize"))
+    ragged_graph = _write_graphs(dialect, checkpoint, directory, kv, progress)
     tokenizer = checkpoint.tokenizer
     (directory / TOKENIZER_FILE).write_bytes(tokenizer.tokenizer_json)
     if tokenizer.chat_template is not None:
         (directory / CHAT_TEMPLATE_FILE).write_bytes(tokenizer.chat_template.encode())
     return EngineConfig(
-        name=name or suggested_name(checkpoint, precision),
+        name=name or suggested_name(checkpoint, precision, kv),
         runtime="onnxruntime",
-        runtime_requires=RUNTIME_REQUIRES,
+        runtime_requires=RUNTIME_REQUIRES_INT8_KV if kv is KvName.INT8 else RUNTIME_REQUIRES,
         target=Target(profile=profile),
         model=_model_shape(architecture),
-        precision=_precision(precision, recipe, weights.table_group_size, accuracy_level),
+        precision=_precision(precision, recipe, weights.table_group_size, accuracy_level, kv),
         tokens=SpecialTokens(bos_id=tokenizer.bos_id, add_bos=tokenizer.add_bos, eos_ids=tokenizer.eos_ids),
         footprint=_footprint(architecture, dialect.loaded_bytes),
         files=EngineFiles(
             graph=GRAPH_FILE,
+            graph_ragged=ragged_graph,
             tokenizer=TOKENIZER_FILE,
             chat_template=CHAT_TEMPLATE_FILE if tokenizer.chat_template is not None else None,
         ),
     )
 
 
-def _silent(done: int, total: int) -> None:
+def _write_graphs(
+    dialect: OnnxRuntimeDialect, checkpoint: Checkpoint, directory: Path, kv: KvName, progress: Progress
+) -> str:
+    """Write the graphs over one set of shards; title of the one for rows of different lengths.
+
+    With an INT8 cache there is but one: the portable graph serves the calibration and is replaced.
+    """
+    dialect.save(directory / GRAPH_FILE)
+    dialect.accept_ragged_rows()
+    if kv is KvName.FLOAT32:
+        dialect.save(directory / RAGGED_GRAPH_FILE)
+        return RAGGED_GRAPH_FILE
+    # Brings ONNX Runtime, which nothing else in a build needs.
+    from edgellm_buildhost.calibration import calibrate, default_text  # noqa: PLC0415
+
+    calibrating = partial(progress, "calibrate")
+    dialect.store_cache_as_int8(calibrate(directory / GRAPH_FILE, checkpoint, default_text(), calibrating))
+    dialect.save(directory / GRAPH_FILE)
+    return GRAPH_FILE
+
+
+def _silent(stage: str, done: int, total: int) -> None:
     """Progress for nobody."""
-    del done, total
+    del stage, done, total
 
 
-def suggested_name(checkpoint: Checkpoint, precision: PrecisionName) -> str:
-    """A name for the engine, as in `smollm2-135m-instruct-int4`."""
+def suggested_name(checkpoint: Checkpoint, precision: PrecisionName, kv: KvName = KvName.FLOAT32) -> str:
+    """A name for the engine, as in `smollm2-135m-instruct-int4` or `...-int4-kv-int8`."""
     stem = re.sub(r"[.-](q\d\w*|iq\d\w*|b?f16|f32)$", "", checkpoint.name, flags=re.IGNORECASE)
     plain = re.sub(r"[^a-z0-9._-]+", "-", stem.lower()).strip("-._")
-    return f"{plain[:100] or 'engine'}-{precision.value}"
+    cache = "" if kv is KvName.FLOAT32 else f"-kv-{kv.value}"
+    return f"{plain[:100] or 'engine'}-{precision.value}{cache}"
 
 
 def _model_shape(architecture: Architecture) -> ModelShape:
@@ -106,7 +141,7 @@ def _model_shape(architecture: Architecture) -> ModelShape:
 
 
 def _precision(
-    precision: PrecisionName, recipe: Recipe, table_group_size: int, accuracy_level: int
+    precision: PrecisionName, recipe: Recipe, table_group_size: int, accuracy_level: int, kv: KvName
 ) -> Precision:
     table = f"int8, symmetric, groups of {table_group_size}"
     integer = accuracy_level == _INTEGER_ACTIVATIONS
@@ -117,6 +152,7 @@ def _precision(
         embedding=table,
         head=table,
         activations="float32, rounded to int8 inside a product" if integer else "float32",
+        kv=kv.value,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,10 +14,11 @@ import typer
 from edgellm import paths
 from edgellm.cli.output import JsonOption, human_bytes, print_facts, print_json
 from edgellm.profiles import load_profile
-from edgellm_buildhost.recipe import PrecisionName
+from edgellm_buildhost.recipe import KvName, PrecisionName
 
 if TYPE_CHECKING:
     from edgellm.bundle import EngineConfig
+    from edgellm_buildhost.build import Progress
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -31,6 +32,13 @@ ProfileOption = Annotated[
 PrecisionOption = Annotated[
     PrecisionName,
     typer.Option("--precision", help="int4: smallest. int8: closest to the checkpoint."),
+]
+KvOption = Annotated[
+    KvName,
+    typer.Option(
+        "--kv",
+        help="KV cache. int8: a quarter of the memory; the device needs ONNX Runtime 1.32 or newer.",
+    ),
 ]
 OutputOption = Annotated[
     Path | None,
@@ -55,6 +63,7 @@ def _group() -> None:
 def build(
     source: SourceArgument,
     precision: PrecisionOption = PrecisionName.INT4,
+    kv: KvOption = KvName.FLOAT32,
     profile: ProfileOption = "host",
     output: OutputOption = None,
     name: NameOption = None,
@@ -75,15 +84,15 @@ def build(
 
     load_profile(profile)
     checkpoint = open_checkpoint(source)
-    engine_name = name or suggested_name(checkpoint, precision)
+    engine_name = name or suggested_name(checkpoint, precision, kv)
     target = output or paths.data_dir() / "bundles" / f"{engine_name}-{profile}.bundle"
     with (
         BundleWriter(target) as writer,
         tempfile.TemporaryDirectory(prefix=f".{target.name}.files.", dir=target.parent) as files,
-        _layers(shown=not json_) as progress,
+        _bars(shown=not json_) as progress,
     ):
         config = build_engine(
-            checkpoint, precision, Path(files), profile=profile, name=engine_name, progress=progress
+            checkpoint, precision, Path(files), profile=profile, kv=kv, name=engine_name, progress=progress
         )
         digest = writer.add(Path(files), config)
     paths.record_last_build(target)
@@ -92,23 +101,29 @@ def build(
 
 
 @contextmanager
-def _layers(*, shown: bool) -> Iterator[Callable[[int, int], None]]:
-    """A bar of layers written; only if `shown`, on a terminal."""
+def _bars(*, shown: bool) -> Iterator[Progress]:
+    """A bar for each stage: layers quantized, tokens of calibration; only if `shown`, on a terminal."""
     if not (shown and sys.stderr.isatty()):
-        yield lambda _done, _total: None
+        yield lambda _stage, _done, _total: None
         return
     from rich import progress as bars
     from rich.console import Console
 
     columns = (
-        bars.TextColumn("quantize"),
+        bars.TextColumn("{task.description}"),
         bars.BarColumn(),
         bars.MofNCompleteColumn(),
         bars.TimeRemainingColumn(),
     )
     with bars.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("quantize", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        tasks: dict[str, bars.TaskID] = {}
+
+        def advance(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total)
+            bar.update(tasks[stage], completed=done)
+
+        yield advance
 
 
 def _report(target: Path, digest: str, size_bytes: int, config: EngineConfig, *, as_json: bool) -> None:
@@ -124,6 +139,7 @@ def _report(target: Path, digest: str, size_bytes: int, config: EngineConfig, *,
             ("digest", digest),
             ("weights", f"{precision.weights}, groups of {precision.group_size}, {precision.scheme}"),
             ("head", precision.head),
+            ("KV cache", f"{precision.kv}, {human_bytes(config.kv_bytes_per_token)} per token"),
             ("size", human_bytes(size_bytes)),
             ("next", "edgellm push engine --device NAME"),
         ]

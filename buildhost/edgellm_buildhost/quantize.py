@@ -33,6 +33,17 @@ class Grid(Enum):
 
 
 @dataclass(frozen=True)
+class KvScales:
+    """Scales of an INT8 KV cache, one for each channel, float32 [layers, kv_heads, head_dim].
+
+    A value is its code times the scale, -128 to 127; keys are stored with their rotary position.
+    """
+
+    keys: NDArray[np.float32]
+    values: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
 class QuantizedTensor:
     """A matrix `[rows, columns]` as codes and the figures of each group.
 

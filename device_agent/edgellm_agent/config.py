@@ -52,9 +52,19 @@ class AgentSettings(BaseSettings):
     prefill_tokens: int = Field(
         default=PREFILL_TOKENS, ge=1, le=4096, description="longest chunk of a prompt"
     )
+    prefill_budget_s: float = Field(
+        default=0.1, gt=0, le=10, description="longest that a chunk of a prompt may hold up running streams"
+    )
+    speculate: bool = Field(
+        default=True, description="guess tokens from the text so far and verify several at once, if it pays"
+    )
     threads: int = Field(default=0, ge=0, le=256, description="CPU threads of the runtime; 0: one per core")
     load_timeout_s: float = Field(default=300, gt=0)
     drain_s: float = Field(default=30, ge=0, description="what running requests get when the agent stops")
+    root: Path = Field(
+        default=Path("/"),
+        description="where /proc/meminfo and its like are read; another one is for tests",
+    )
     telemetry_interval_s: float = Field(default=1.0, ge=0.1, le=3600)
     mqtt: MqttSettings | None = None
 

@@ -15,6 +15,7 @@ from importlib import metadata
 from edgellm.profiles import load_profile
 from edgellm.v1 import telemetry_pb2
 from edgellm_agent.config import AgentSettings
+from edgellm_agent.engine.supervisor import Serving
 from edgellm_agent.lifecycle import EngineManager, Policy
 from edgellm_agent.memory import MemoryPolicy
 from edgellm_agent.registry import Registry
@@ -109,15 +110,21 @@ def _manager(settings: AgentSettings) -> EngineManager:
         context_tokens=settings.context_tokens,
         max_sequences=settings.max_sequences,
         prefill_tokens=settings.prefill_tokens,
+        root=settings.root,
     )
     policy = Policy(
         memory=memory,
         runtimes=_runtimes(),
         architecture=_ARCHITECTURES.get(platform.machine(), platform.machine()),
-        threads=settings.threads,
-        max_waiting=settings.max_waiting,
-        load_timeout_s=settings.load_timeout_s,
-        poll_s=settings.telemetry_interval_s,
+        serving=Serving(
+            threads=settings.threads,
+            prefill_tokens=settings.prefill_tokens,
+            prefill_budget_s=settings.prefill_budget_s,
+            max_waiting=settings.max_waiting,
+            speculate=settings.speculate,
+            load_timeout_s=settings.load_timeout_s,
+            poll_s=settings.telemetry_interval_s,
+        ),
         drain_s=settings.drain_s,
     )
     return EngineManager(

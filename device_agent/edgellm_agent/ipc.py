@@ -41,14 +41,15 @@ class WorkerChannel:
         """Sends one message; raises OSError when the agent is gone."""
         self._socket.sendall(encode(message))
 
-    def receive(self, timeout_s: float | None) -> list[worker_pb2.ToWorker]:
+    def receive(self, timeout_s: float | None, wake_fd: int | None = None) -> list[worker_pb2.ToWorker]:
         """Messages that are there, after waiting for the first one at most so long (None: until one comes).
 
-        Raises EOFError when the agent is gone.
+        Also returns when `wake_fd` is readable. Raises EOFError when the agent is gone.
         """
         messages = list(self._parse())
         wait: float | None = 0 if messages else timeout_s
-        while select.select([self._socket], [], [], wait)[0]:
+        watched = [self._socket.fileno(), *([] if wake_fd is None else [wake_fd])]
+        while self._socket.fileno() in select.select(watched, [], [], wait)[0]:
             data = self._socket.recv(1 << 16)
             if not data:
                 raise EOFError("the agent closed the channel")

@@ -20,7 +20,8 @@ from edgellm.errors import BundleError, DoesNotFitError
 from edgellm.memory import MemoryPlan
 from edgellm.v1 import engines_pb2, inference_pb2
 from edgellm_agent.engine.base import Engine
-from edgellm_agent.engine.supervisor import EngineSpec, SupervisedEngine
+from edgellm_agent.engine.pressure import read_pressure
+from edgellm_agent.engine.supervisor import EngineSpec, Serving, SupervisedEngine
 from edgellm_agent.errors import (
     AgentError,
     BusyError,
@@ -68,10 +69,7 @@ class Policy:
     runtimes: Mapping[str, str]
     """Runtime name → version."""
     architecture: str
-    threads: int = 0
-    max_waiting: int = 64
-    load_timeout_s: float = 300.0
-    poll_s: float = 1.0
+    serving: Serving = field(default_factory=Serving)
     drain_s: float = 30.0
 
 
@@ -300,11 +298,8 @@ class EngineManager:
             digest=stored.digest,
             directory=self.store.link(stored.manifest),
             config=stored.config,
-            threads=policy.threads,
-            prefill_tokens=policy.memory.prefill_tokens,
-            max_waiting=policy.max_waiting,
-            load_timeout_s=policy.load_timeout_s,
-            poll_s=policy.poll_s,
+            serving=policy.serving,
+            read_pressure=lambda: read_pressure(policy.memory.root),
         )
 
         def plan() -> MemoryPlan:

@@ -14,7 +14,10 @@ MINIMAL_CONTEXT_TOKENS = 256
 PREFILL_TOKENS = 128
 # A worker without an engine: Python, numpy, the runtime's own memory, a tokenizer of 50,000 tokens. Measured.
 WORKER_BYTES = 64 << 20
+# Rows of logits that a step may ask for beyond one for each sequence: newest tokens, and guesses behind them.
+VERIFIED_TOKENS = 32
 _SCORE_BYTES = 4
+_LOGIT_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,15 @@ class MemoryPlan:
         return cls(**{field.name: getattr(message, field.name) for field in fields(cls)})
 
 
-def workspace_bytes(config: EngineConfig, *, step_tokens: int, context_tokens: int) -> int:
+def workspace_bytes(
+    config: EngineConfig, *, step_tokens: int, context_tokens: int, max_sequences: int = 1
+) -> int:
     """The worker's own memory and the scratch of a step of `step_tokens` over `context_tokens`, bytes."""
     footprint = config.footprint
+    logits_bytes = max(VERIFIED_TOKENS, max_sequences) * config.model.vocab_size * _LOGIT_BYTES
     scores_bytes = config.model.heads * step_tokens * context_tokens * _SCORE_BYTES
     step_bytes = step_tokens * footprint.workspace_bytes_per_token + scores_bytes
-    return WORKER_BYTES + footprint.workspace_base_bytes + step_bytes
+    return WORKER_BYTES + footprint.workspace_base_bytes + step_bytes + logits_bytes
 
 
 def plan_memory(
@@ -84,7 +90,7 @@ def plan_memory(
     fixed_bytes = (
         config.footprint.weights_bytes
         + headroom_bytes
-        + workspace_bytes(config, step_tokens=step_tokens, context_tokens=0)
+        + workspace_bytes(config, step_tokens=step_tokens, context_tokens=0, max_sequences=max_sequences)
     )
     token_bytes = config.kv_bytes_per_token + config.model.heads * step_tokens * _SCORE_BYTES
     context = min(longest, (available_bytes - fixed_bytes) // token_bytes)
@@ -98,7 +104,9 @@ def plan_memory(
             available_bytes=available_bytes,
             hint="free memory on the device, lower its headroom, or build a smaller engine",
         )
-    workspace = workspace_bytes(config, step_tokens=step_tokens, context_tokens=context)
+    workspace = workspace_bytes(
+        config, step_tokens=step_tokens, context_tokens=context, max_sequences=max_sequences
+    )
     left_bytes = available_bytes - headroom_bytes - config.footprint.weights_bytes - workspace
     return MemoryPlan(
         available_bytes=available_bytes,

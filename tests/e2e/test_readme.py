@@ -1,4 +1,4 @@
-"""The README's examples do what they say."""
+"""The examples in README and docs do what they say."""
 
 import re
 import subprocess
@@ -12,15 +12,17 @@ from typer.testing import CliRunner
 from edgellm.cli.main import app
 from edgellm_agent.config import load_settings
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+PAGES = "\n".join([README, *(path.read_text() for path in sorted(ROOT.glob("docs/*.md")))])
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language, text=README):
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
-def test_the_python_example_prints_an_answer(serving):
-    (code,) = blocks("python")
+@pytest.mark.parametrize("code", blocks("python", PAGES))
+def test_a_python_example_prints_an_answer(serving, code):
     # The tiny engine never ends an answer by itself.
     code = code.replace("unix:///run/edgellm/agent.sock", serving.target).replace(
         '?")]', '?")], max_tokens=8'
@@ -40,7 +42,7 @@ def test_the_settings_file_is_accepted(tmp_path):
     assert (settings.device, settings.mqtt.host) == ("jetson-01", "broker.local")
 
 
-COMMANDS = re.findall(r"^    edgellm ((?!-agent).*)$", README, flags=re.MULTILINE)
+COMMANDS = re.findall(r"^    edgellm ((?!-agent).*)$", PAGES, flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

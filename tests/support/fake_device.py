@@ -50,6 +50,7 @@ class FakeDevice:
     # What was seen.
     uploads: list[tuple[str, int]] = field(default_factory=list)
     requests: list[inference_pb2.GenerateRequest] = field(default_factory=list)
+    clients: list[str] = field(default_factory=list)
     cancelled: threading.Event = field(default_factory=threading.Event)
 
 
@@ -204,6 +205,7 @@ class FakeInferenceService(inference_pb2_grpc.InferenceServiceServicer):
 
     def Generate(self, request, context):
         self.device.requests.append(request)
+        self.device.clients.append(dict(context.invocation_metadata())["edgellm-client"])
         context.add_callback(self.device.cancelled.set)
         if self.device.busy_for_s is not None:
             retry = error_details_pb2.RetryInfo()
@@ -222,11 +224,22 @@ class FakeInferenceService(inference_pb2_grpc.InferenceServiceServicer):
     def stream(self, request: inference_pb2.GenerateRequest) -> Iterator[inference_pb2.GenerateResponse]:
         pieces = self.device.answer[: request.max_tokens or None]
         for number, text in enumerate(pieces):
-            yield inference_pb2.GenerateResponse(request_id="r1", token_ids=[number], text=text)
+            chances = logprobs(number, text, request.top_logprobs) if request.HasField("top_logprobs") else []
+            yield inference_pb2.GenerateResponse(
+                request_id="r1", token_ids=[number], text=text, logprobs=chances
+            )
         yield inference_pb2.GenerateResponse(
             request_id="r1",
             finish_reason=inference_pb2.FINISH_REASON_STOP,
-            usage=inference_pb2.Usage(prompt_tokens=3, completion_tokens=len(pieces), kv_bytes=4096),
+            usage=inference_pb2.Usage(
+                prompt_tokens=3,
+                completion_tokens=len(pieces),
+                kv_bytes=4096,
+                cached_tokens=2,
+                recomputed_tokens=5,
+                draft_tokens=4,
+                accepted_draft_tokens=1,
+            ),
             timings=inference_pb2.Timings(queue_s=0.01, ttft_s=0.1, decode_s=0.3),
         )
 
@@ -238,6 +251,15 @@ class FakeInferenceService(inference_pb2_grpc.InferenceServiceServicer):
             for digest, config in self.device.configs.items()
         ]
         return inference_pb2.ListModelsResponse(models=models)
+
+
+def logprobs(token: int, text: str, top: int) -> list[inference_pb2.TokenLogprob]:
+    """The token with log probability -0.5, and `top` alternatives that are half a character each."""
+    likely = inference_pb2.TokenChance(id=token, logprob=-0.5, text=text.encode())
+    others = [
+        inference_pb2.TokenChance(id=100 + place, logprob=-1.5 - place, text=b"\xc3") for place in range(top)
+    ]
+    return [inference_pb2.TokenLogprob(token=likely, top=others)]
 
 
 def plan(device: FakeDevice, config: EngineConfig) -> device_pb2.MemoryPlan:

@@ -3,6 +3,10 @@
 
 One MatMulNBits for query, key and value, one for gate and up; the residual sum inside the norm; rotary
 positions and the cache inside GroupQueryAttention; the embedding's bytes read again by a tied head.
+
+What GroupQueryAttention takes grew with the versions: 12 inputs in 1.23, 16 from 1.28 at the latest to 1.31,
+and a 17th, the number of tokens that are not padding, in 1.32. A node with more inputs than a version knows
+is refused, so one graph cannot serve both.
 """
 
 from __future__ import annotations
@@ -20,12 +24,14 @@ from onnx_ir.tape import Tape
 from edgellm_buildhost.checkpoint.base import Architecture
 from edgellm_buildhost.graph.weights import WeightShards
 from edgellm_buildhost.minima import fold_minima, sum_columns
-from edgellm_buildhost.quantize import QuantizedTensor, pack_codes
+from edgellm_buildhost.quantize import KvScales, QuantizedTensor, pack_codes
 
 RUNTIME_REQUIRES = ">=1.23,<1.33"
+RUNTIME_REQUIRES_INT8_KV = ">=1.32,<1.33"
 _CONTRIB = "com.microsoft"
 _OPSET = 21
 _IR_VERSION = 10  # the newest that 1.23 reads is 11; 10 has all that is used here
+_K_SCALE, _V_SCALE, _QUERY_SEQLENS = 12, 13, 16  # indices of inputs of GroupQueryAttention
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ class OnnxRuntimeDialect:
     positions `b * S + s`; `kv_key_i` and `kv_value_i` float32 [B, kv_heads, capacity, head_dim]. Outputs:
     `logits` float32 [N, vocab]; `kv_key_i_out` and `kv_value_i_out`, to be bound to the memory of the
     inputs, of which only the first `past_len + query_len` positions are touched. A step is one row of many
-    tokens or many rows of one token.
+    tokens or many rows of one token; after `accept_ragged_rows`, rows of up to S tokens, padded on the right.
     """
 
     def __init__(self, architecture: Architecture, shards: WeightShards, *, accuracy_level: int = 4) -> None:
@@ -69,6 +75,8 @@ class OnnxRuntimeDialect:
         self._tape = Tape()
         self._initializers: dict[str, ir.Value] = {}
         self._outputs: list[ir.Value] = []
+        self._attentions: list[ir.Node] = []
+        self._graph: ir.Graph | None = None
         self._inputs = {str(value.name): value for value in _step_inputs(architecture)}
         self._table: _SharedTable | None = None
         self._loaded_bytes = 0
@@ -153,6 +161,7 @@ class OnnxRuntimeDialect:
             domain=_CONTRIB,
             name=f"layer{layer}.attention",
         )
+        self._attentions.extend(node for node in (attended.producer(),) if node is not None)
         for kind, grown in (("key", key), ("value", value)):
             self._output(
                 grown, f"kv_{kind}_{layer}_out", ["batch", shape.kv_heads, "capacity", shape.head_dim]
@@ -180,11 +189,41 @@ class OnnxRuntimeDialect:
         self._output(logits, "logits", ["logit_count", self._architecture.vocab_size])
 
     def save(self, path: Path) -> None:
-        """Write the graph; raises ValueError if the decoder has no head yet."""
+        """Write the graph as it is now; raises ValueError if the decoder has no head yet."""
+        if self._graph is None:
+            self._graph = self._whole_graph()
+        ir.save(ir.Model(self._graph, ir_version=_IR_VERSION, producer_name="edgellm"), path)
+
+    def accept_ragged_rows(self) -> None:
+        """From here on the graph needs 1.32, and a step may have rows of different lengths.
+
+        The kernel wants room for the padding, `past_len + S <= capacity`, though it writes none of it.
+        """
+        for attention in self._attentions:
+            attention.resize_inputs(_QUERY_SEQLENS + 1)
+            attention.replace_input_with(_QUERY_SEQLENS, self._inputs["query_len"])
+
+    def store_cache_as_int8(self, scales: KvScales) -> None:
+        """From here on the graph needs 1.32, and the caches are int8: a value is its code times its scale."""
+        for name, value in self._inputs.items():
+            if name.startswith("kv_"):
+                value.dtype = ir.DataType.INT8
+        for layer, attention in enumerate(self._attentions):
+            attention.resize_inputs(max(len(attention.inputs), _V_SCALE + 1))
+            for index, kind, table in ((_K_SCALE, "key", scales.keys), (_V_SCALE, "value", scales.values)):
+                scale = table[layer][None, :, None, :]
+                attention.replace_input_with(index, self._constant(f"layer{layer}.{kind}_scale", scale))
+            attention.attributes["k_quant_type"] = ir.AttrString("k_quant_type", "PER_CHANNEL")
+            attention.attributes["v_quant_type"] = ir.AttrString("v_quant_type", "PER_CHANNEL")
+            attention.attributes["kv_cache_bit_width"] = ir.AttrInt64("kv_cache_bit_width", 8)
+            for grown in attention.outputs[1:]:
+                grown.dtype = ir.DataType.INT8
+
+    def _whole_graph(self) -> ir.Graph:
         outputs = {str(value.name): value for value in self._outputs}
         if "logits" not in outputs:
             raise ValueError("the graph has no logits")
-        graph = ir.Graph(
+        return ir.Graph(
             inputs=list(self._inputs.values()),
             outputs=[outputs.pop("logits"), *outputs.values()],
             nodes=self._tape.nodes,
@@ -192,7 +231,6 @@ class OnnxRuntimeDialect:
             opset_imports={"": _OPSET, _CONTRIB: 1},
             name="decoder",
         )
-        ir.save(ir.Model(graph, ir_version=_IR_VERSION, producer_name="edgellm"), path)
 
     def _tied_head(self, x: ir.Value) -> ir.Value:
         if self._table is None:
@@ -264,6 +302,8 @@ class OnnxRuntimeDialect:
         shape = ir.Shape(tensor.shape.numpy())
         value = ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
         self._initializers[name] = value
+        if self._graph is not None:
+            self._graph.register_initializer(value)
         return value
 
 

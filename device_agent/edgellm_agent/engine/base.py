@@ -25,8 +25,13 @@ class TokenStream(Protocol):
 class Engine(Protocol):
     """Answers requests."""
 
-    def submit(self, request: inference_pb2.GenerateRequest, deadline_s: float = 0) -> TokenStream:
-        """Starts a request; raises UnavailableError or BusyError. A deadline of 0 s means none."""
+    def submit(
+        self, request: inference_pb2.GenerateRequest, deadline_s: float = 0, client: str = ""
+    ) -> TokenStream:
+        """Starts a request; raises UnavailableError or BusyError.
+
+        A deadline of 0 s means none. Clients get equal shares of the engine.
+        """
 
     async def drain(self, deadline_s: float) -> bool:
         """Takes no new requests and waits for the running ones; tells whether all ended in time."""

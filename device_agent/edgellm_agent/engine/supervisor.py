@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from edgellm.bundle.config import EngineConfig
 from edgellm.errors import DoesNotFitError
-from edgellm.memory import MemoryPlan
+from edgellm.memory import MINIMAL_CONTEXT_TOKENS, PREFILL_TOKENS, MemoryPlan
 from edgellm.v1 import inference_pb2, telemetry_pb2, worker_pb2
 from edgellm_agent.engine.base import TokenStream
+from edgellm_agent.engine.pressure import PressureGuard, Reading, read_pressure
 from edgellm_agent.engine.worker_process import WorkerProcess
 from edgellm_agent.errors import AgentError, UnavailableError
 
@@ -25,17 +26,27 @@ _HEALTHY_S = 60.0
 
 
 @dataclass(frozen=True)
+class Serving:
+    """How engines are run on this device."""
+
+    threads: int = 0
+    prefill_tokens: int = PREFILL_TOKENS
+    prefill_budget_s: float = 0.1
+    max_waiting: int = 64
+    speculate: bool = True
+    load_timeout_s: float = 300.0
+    poll_s: float = 1.0
+
+
+@dataclass(frozen=True)
 class EngineSpec:
     """What to run, and how."""
 
     digest: str
     directory: Path
     config: EngineConfig
-    threads: int
-    prefill_tokens: int
-    max_waiting: int
-    load_timeout_s: float
-    poll_s: float
+    serving: Serving = field(default_factory=Serving)
+    read_pressure: Callable[[], Reading] = read_pressure
 
 
 @dataclass
@@ -44,7 +55,23 @@ class Totals:
 
     requests: int = 0
     generated_tokens: int = 0
+    cached_tokens: int = 0
+    preemptions: int = 0
+    draft_tokens: int = 0
+    accepted_draft_tokens: int = 0
     restarts: int = 0
+
+    def add(self, before: worker_pb2.Stats, now: worker_pb2.Stats) -> None:
+        """Counts what a worker did between two polls."""
+        for name in (
+            "generated_tokens",
+            "cached_tokens",
+            "preemptions",
+            "draft_tokens",
+            "accepted_draft_tokens",
+        ):
+            more = getattr(now, f"{name}_total") - getattr(before, f"{name}_total")
+            setattr(self, name, getattr(self, name) + more)
 
 
 @dataclass(frozen=True)
@@ -77,6 +104,7 @@ class SupervisedEngine:
         self._tasks: list[asyncio.Task[None]] = []
         self._last = worker_pb2.Stats()
         self._rates = Rates()
+        self._guard: PressureGuard | None = None
 
     async def start(self) -> None:
         """Loads the engine; raises AgentError or DoesNotFitError, and leaves nothing behind."""
@@ -104,11 +132,13 @@ class SupervisedEngine:
         granted = plan.weights_bytes + plan.workspace_bytes + plan.kv_bytes
         return resident, max(0, granted - resident)
 
-    def submit(self, request: inference_pb2.GenerateRequest, deadline_s: float = 0) -> TokenStream:
+    def submit(
+        self, request: inference_pb2.GenerateRequest, deadline_s: float = 0, client: str = ""
+    ) -> TokenStream:
         """Starts a request; raises UnavailableError or BusyError."""
         if self._worker is None or self.state != "serving":
             raise UnavailableError(f"the engine is {self.state}")
-        stream = self._worker.submit(request, deadline_s)
+        stream = self._worker.submit(request, deadline_s, client)
         self.totals.requests += 1
         return stream
 
@@ -127,6 +157,11 @@ class SupervisedEngine:
             kv_bound_bytes=stats.kv_bound_bytes,
             requests_total=self.totals.requests,
             generated_tokens_total=self.totals.generated_tokens,
+            kv_cached_bytes=stats.kv_cached_bytes,
+            cached_tokens_total=self.totals.cached_tokens,
+            preemptions_total=self.totals.preemptions,
+            draft_tokens_total=self.totals.draft_tokens,
+            accepted_draft_tokens_total=self.totals.accepted_draft_tokens,
             worker_restarts_total=self.totals.restarts,
         )
         if self._worker is not None:
@@ -161,11 +196,14 @@ class SupervisedEngine:
             directory=str(spec.directory),
             config=spec.config.to_json(),
             plan=self._plan().to_proto(),
-            threads=spec.threads,
-            prefill_tokens=spec.prefill_tokens,
-            max_waiting=spec.max_waiting,
+            threads=spec.serving.threads,
+            prefill_tokens=spec.serving.prefill_tokens,
+            prefill_budget_s=spec.serving.prefill_budget_s,
+            max_waiting=spec.serving.max_waiting,
+            speculate=spec.serving.speculate,
         )
-        worker = await WorkerProcess.start(load, spec.load_timeout_s)
+        worker = await WorkerProcess.start(load, spec.serving.load_timeout_s)
+        self._guard = self._pressure_guard(MemoryPlan.from_proto(worker.ready.plan))
         log.info("engine %s loaded in %.2f s, worker %d", spec.config.name, worker.ready.load_s, worker.pid)
         return worker
 
@@ -201,7 +239,7 @@ class SupervisedEngine:
         loop = asyncio.get_running_loop()
         asked = loop.time()
         while self.state != "stopped":
-            await asyncio.sleep(self.spec.poll_s)
+            await asyncio.sleep(self.spec.serving.poll_s)
             worker = self._worker
             if worker is None:
                 self._rates = Rates()
@@ -213,8 +251,26 @@ class SupervisedEngine:
                 continue
             before, self._last, seconds = self._last, stats, loop.time() - asked
             asked = loop.time()
-            generated = stats.generated_tokens_total - before.generated_tokens_total
-            self.totals.generated_tokens += generated
+            self.totals.add(before, stats)
             self._rates = Rates(
-                (stats.prefill_tokens_total - before.prefill_tokens_total) / seconds, generated / seconds
+                (stats.prefill_tokens_total - before.prefill_tokens_total) / seconds,
+                (stats.generated_tokens_total - before.generated_tokens_total) / seconds,
             )
+            self._relieve(worker, stats)
+
+    def _pressure_guard(self, plan: MemoryPlan) -> PressureGuard:
+        return PressureGuard(
+            granted_bytes=plan.kv_bytes,
+            floor_bytes=min(plan.kv_bytes, MINIMAL_CONTEXT_TOKENS * plan.kv_bytes_per_token),
+            headroom_bytes=plan.headroom_bytes,
+            read=self.spec.read_pressure,
+        )
+
+    def _relieve(self, worker: WorkerProcess, stats: worker_pb2.Stats) -> None:
+        """Lets the KV cache shrink while others on the board need the memory."""
+        if self._guard is None:
+            return
+        bound = self._guard.update(stats.kv_used_bytes)
+        if bound != stats.kv_bound_bytes:
+            log.info("KV cache of engine %s: bound %d bytes", self.spec.config.name, bound)
+            worker.set_limits(bound, self.plan.max_sequences)

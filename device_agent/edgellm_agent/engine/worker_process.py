@@ -84,7 +84,9 @@ class WorkerProcess:
         """Process id."""
         return self._process.pid
 
-    def submit(self, request: inference_pb2.GenerateRequest, deadline_s: float = 0) -> _Stream:
+    def submit(
+        self, request: inference_pb2.GenerateRequest, deadline_s: float = 0, client: str = ""
+    ) -> _Stream:
         """Starts a request; raises UnavailableError or BusyError."""
         if self.dead.is_set():
             raise errors.UnavailableError("the engine has just stopped")
@@ -92,7 +94,11 @@ class WorkerProcess:
             raise errors.BusyError(f"{len(self._streams)} requests are running or waiting")
         self._next_id += 1
         submit = worker_pb2.Submit(
-            id=self._next_id, request=request, credit_tokens=_CREDIT_TOKENS, deadline_s=deadline_s
+            id=self._next_id,
+            request=request,
+            credit_tokens=_CREDIT_TOKENS,
+            deadline_s=deadline_s,
+            client=client,
         )
         self._send(worker_pb2.ToWorker(submit=submit))
         stream = self._streams[self._next_id] = _Stream(self, self._next_id)
@@ -153,6 +159,11 @@ class WorkerProcess:
     def credit(self, stream_id: int, tokens: int) -> None:
         """Lets the worker send so many more tokens."""
         self._send(worker_pb2.ToWorker(credit=worker_pb2.Credit(id=stream_id, tokens=tokens)))
+
+    def set_limits(self, kv_bytes: int, max_sequences: int) -> None:
+        """Sets what the worker may take from now on."""
+        limits = worker_pb2.SetLimits(kv_bytes=kv_bytes, max_sequences=max_sequences)
+        self._send(worker_pb2.ToWorker(set_limits=limits))
 
     async def _load(self, load: worker_pb2.Load) -> None:
         self._send(worker_pb2.ToWorker(load=load))
@@ -241,6 +252,7 @@ class _Stream:
         else:
             self._pending.token_ids.extend(delta.token_ids)
             self._pending.text += delta.text
+            self._pending.logprobs.extend(delta.logprobs)
         self._changed.set()
 
     def fail(self, error: errors.AgentError) -> None:

@@ -21,7 +21,10 @@ class Capabilities:
     """What a runner can do in one step; the scheduler plans accordingly."""
 
     several_multi_token_rows: bool
-    """Rows of more than one token may share a step; if not, such a row runs alone."""
+    """Rows of more than one token, and of different lengths, may share a step; if not, such a row runs alone.
+
+    Shorter rows are padded: a step costs as much as rows times the longest of them.
+    """
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,14 @@ class KvTensor:
 
 
 @dataclass(frozen=True)
+class KvSpace:
+    """Tensors of one capacity, by layer: a step's rows lie in one space."""
+
+    keys: tuple[KvTensor, ...]
+    values: tuple[KvTensor, ...]
+
+
+@dataclass(frozen=True)
 class LoadPlan:
     """All that a runner needs to load an engine.
 
@@ -44,8 +55,7 @@ class LoadPlan:
 
     directory: Path
     config: EngineConfig
-    keys: tuple[KvTensor, ...]
-    values: tuple[KvTensor, ...]
+    spaces: tuple[KvSpace, ...]
     threads: int
 
 
@@ -62,9 +72,10 @@ class Row:
 
 @dataclass(frozen=True)
 class StepBatch:
-    """One forward pass. The rows' slots are consecutive and ascending."""
+    """One forward pass. The rows' slots are consecutive and ascending, and lie in one space."""
 
     rows: tuple[Row, ...]
+    space: int = 0
 
 
 class ModelRunner(Protocol):

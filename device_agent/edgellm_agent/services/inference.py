@@ -9,6 +9,8 @@ from edgellm.v1 import inference_pb2, inference_pb2_grpc
 from edgellm_agent.lifecycle import EngineManager
 from edgellm_agent.services import status
 
+_LONGEST_NAME = 64
+
 
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     """Text generation."""
@@ -22,11 +24,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
         engine = self._manager.engine_for(request.model)
         request_id = uuid.uuid4().hex
-        stream = engine.submit(request, context.time_remaining() or 0)
+        stream = engine.submit(request, context.time_remaining() or 0, _client(context))
         try:
             async for delta in stream:
                 yield inference_pb2.GenerateResponse(
-                    request_id=request_id, token_ids=delta.token_ids, text=delta.text
+                    request_id=request_id,
+                    token_ids=delta.token_ids,
+                    text=delta.text,
+                    logprobs=delta.logprobs,
                 )
         finally:
             # A client that went away ends here too: its KV cache comes free with the next step.
@@ -59,3 +64,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 for e in self._manager.engines()
             ]
         )
+
+
+def _client(context: status.Context) -> str:
+    """Whose call this is: what the client calls itself, or its address; a Unix socket has none."""
+    for key, value in context.invocation_metadata() or ():
+        if key == "edgellm-client":
+            return str(value)[:_LONGEST_NAME]
+    return str(context.peer())

@@ -18,17 +18,25 @@ from edgellm.bundle.config import EngineConfig
 from edgellm.v1 import device_pb2, worker_pb2
 from edgellm_agent.ipc import WorkerChannel
 from edgellm_agent.runtimes.base import EngineLoadError, LoadPlan, ModelRunner
-from edgellm_agent.worker.kv_memory import KvGeometry, KvMemory
-from edgellm_agent.worker.kv_pool import KvPool
+from edgellm_agent.worker.intake import Intake
+from edgellm_agent.worker.kv.base import KvGeometry
+from edgellm_agent.worker.kv.paged import PagedKvMemory
+from edgellm_agent.worker.kv.pool import KvPool
 from edgellm_agent.worker.loop import EngineLoop, LoadedEngine
-from edgellm_agent.worker.requests import Room
+from edgellm_agent.worker.prefill import PrefillBudget
+from edgellm_agent.worker.preparation import Preparation
 from edgellm_agent.worker.scheduler import Limits, Scheduler
+from edgellm_agent.worker.speculation import StepTimes
+from edgellm_agent.worker.stepper import Stepper
+from edgellm_agent.worker.structured import Grammars
 from edgellm_agent.worker.text import TextModel
+from edgellm_agent.worker.waiting import WaitingQueue
 
 log = logging.getLogger("edgellm_agent.worker")
 
 _PR_SET_PDEATHSIG = 1
 _LOAD_WAIT_S = 60.0
+_CACHED_PREFIXES = 8
 
 
 def main() -> int:
@@ -57,26 +65,26 @@ def main() -> int:
 def _load(load: worker_pb2.Load, channel: WorkerChannel) -> EngineLoop:
     began = time.monotonic()
     config = EngineConfig.from_json(load.config)
-    plan = load.plan
-    directory = Path(load.directory)
-    geometry = KvGeometry(
-        layers=config.model.layers,
-        kv_heads=config.model.kv_heads,
-        head_dim=config.model.head_dim,
-        item_bytes=config.kv_item_bytes,
-    )
-    # One slot more than sequences: the pool needs it to let two change places.
-    memory = KvMemory(geometry, plan.max_sequences + 1, plan.context_tokens)
+    directory, plan = Path(load.directory), load.plan
+    memory = _memory(config, plan)
     pool = KvPool(memory, plan.kv_bytes)
     runner = _runner(config)
-    runner.load(LoadPlan(directory, config, memory.keys, memory.values, load.threads or _usable_cores()))
+    runner.load(LoadPlan(directory, config, memory.spaces, load.threads or _usable_cores()))
+    text = TextModel(directory, config)
+    grammars = Grammars(text.table, config.model.vocab_size, config.tokens.eos_ids)
+    budget = PrefillBudget(load.prefill_budget_s, load.prefill_tokens)
+    limits = Limits(
+        plan.max_sequences,
+        speculate=load.speculate,
+        several_multi_token_rows=runner.capabilities().several_multi_token_rows,
+    )
+    times = StepTimes()
+    preparation = Preparation(text, grammars, config, plan.context_tokens, pool.check_fits)
     engine = LoadedEngine(
-        config=config,
-        room=Room(plan.context_tokens, pool),
-        runner=runner,
-        text=TextModel(directory, config),
-        pool=pool,
-        scheduler=Scheduler(pool, Limits(plan.max_sequences, load.max_waiting, load.prefill_tokens)),
+        plan=plan,
+        intake=Intake(preparation.prepare),
+        scheduler=Scheduler(pool, WaitingQueue(load.max_waiting), budget, times, limits),
+        stepper=Stepper(runner, pool, budget, text.table, times),
     )
     ready = worker_pb2.Ready(
         load_s=time.monotonic() - began,
@@ -85,6 +93,14 @@ def _load(load: worker_pb2.Load, channel: WorkerChannel) -> EngineLoop:
     )
     channel.send(worker_pb2.FromWorker(ready=ready))
     return EngineLoop(engine, channel)
+
+
+def _memory(config: EngineConfig, plan: device_pb2.MemoryPlan) -> PagedKvMemory:
+    shape = config.model
+    geometry = KvGeometry(shape.layers, shape.kv_heads, shape.head_dim, config.kv_item_bytes)
+    # As many slots again for finished sequences that may serve as prefixes: they cost addresses, not memory.
+    slots = plan.max_sequences + max(plan.max_sequences, _CACHED_PREFIXES)
+    return PagedKvMemory(geometry, slots, plan.context_tokens)
 
 
 def _runner(config: EngineConfig) -> ModelRunner:

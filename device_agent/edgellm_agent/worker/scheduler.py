@@ -1,108 +1,143 @@
-"""Decides what the next step computes: a chunk of one prompt, or one more token of every running sequence.
+"""Decides what the next turn computes: a chunk of a prompt, or one more token of every running sequence.
 
-Continuous batching: a sequence joins as soon as its memory can be promised, first come first served, and
-leaves when it ends. Prompts are computed in chunks that take turns with decode steps, so that a long prompt
-never stops the running streams.
+Continuous batching: a sequence joins as soon as there is memory for its prompt, and leaves when it ends.
+Prompts are computed in chunks that take turns with decode steps, so that a long one never stops the running
+streams. When memory runs out, cached prefixes go first; then a running sequence is preempted: it returns to
+the queue with all its tokens and computes again what its memory held.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from edgellm_agent.worker.kv_pool import KvPool
+from edgellm.memory import VERIFIED_TOKENS
+from edgellm_agent.worker.kv.pool import KvPool
+from edgellm_agent.worker.prefill import PrefillBudget
 from edgellm_agent.worker.sequence import Sequence
+from edgellm_agent.worker.speculation import StepTimes
+from edgellm_agent.worker.structured import GrammarError
+from edgellm_agent.worker.waiting import WaitingQueue
 
-
-class QueueFullError(Exception):
-    """So many requests wait that another would wait too long."""
+# A sequence begins only if those that run can each grow by so many tokens beside it: it would be the first to
+# be preempted.
+_SPARE_TOKENS = 64
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of the queue and of a step."""
+    """Bounds of a turn."""
 
     max_sequences: int
-    max_waiting: int
-    prefill_tokens: int
+    speculate: bool = True
+    several_multi_token_rows: bool = False
+    """The runner takes rows of several tokens side by side."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """A sequence's share of the next step: compute the tokens up to `until`, and choose the next one if all
-    are then known.
+    """A sequence's share of a step.
+
+    Compute its tokens up to `until` and the drafts behind them, and choose the next one if all are known.
     """
 
     sequence: Sequence
     until: int
+    drafts: tuple[int, ...] = ()
 
     @property
     def samples(self) -> bool:
         """Whether this work ends in a new token."""
         return self.until == len(self.sequence.tokens)
 
+    @property
+    def width(self) -> int:
+        """Tokens that the runner computes for it."""
+        return self.until - self.sequence.computed + len(self.drafts)
+
+
+Batch = tuple[Work, ...]
+"""One step of the runner: rows in slot order, in one space."""
+
 
 class Scheduler:
     """Owns the order of sequences; the pool owns their memory."""
 
-    def __init__(self, pool: KvPool, limits: Limits) -> None:
+    def __init__(
+        self,
+        pool: KvPool,
+        queue: WaitingQueue,
+        budget: PrefillBudget,
+        times: StepTimes,
+        limits: Limits,
+    ) -> None:
         self._pool = pool
-        self._limits = limits
-        self._waiting: deque[Sequence] = deque()
+        self._queue = queue
+        self._budget = budget
+        self._times = times
+        self.limits = limits
         self._running: dict[int, Sequence] = {}
         self._last_was_prefill = False
+        self.preemptions_total = 0
 
-    def add(self, sequence: Sequence) -> None:
-        """Queues a sequence; raises TooLargeError or QueueFullError."""
-        self._pool.check_fits(sequence.promised_tokens)
-        if len(self._waiting) >= self._limits.max_waiting:
-            raise QueueFullError
-        self._waiting.append(sequence)
+    def add(self, sequence: Sequence) -> Sequence | None:
+        """Queues a sequence; raises TooLargeError. Returns the one for which the queue is now too long."""
+        self._pool.check_fits(sequence.longest)
+        free = max(0, self.limits.max_sequences - len(self._running))
+        return self._queue.add(sequence, active={s.client for s in self._running.values()}, free=free)
 
-    def schedule(self) -> list[Work]:
-        """The next step's work; empty if there is nothing to do, or every stream waits for its reader."""
+    def schedule(self) -> list[Batch]:
+        """The next turn's steps; none if there is nothing to do, or every stream waits for its reader."""
+        self._fit_bound()
         self._admit()
-        ready = [s for s in self._running.values() if s.credit > 0]
-        prefill = next((s for s in ready if s.in_prefill), None)
-        decode = [s for s in ready if not s.in_prefill]
-        if prefill is not None and not (decode and self._last_was_prefill):
+        prefill = [s for s in self._running.values() if s.in_prefill]
+        decode = [s for s in self._running.values() if not s.in_prefill and s.credit > 0]
+        if prefill and not (decode and self._last_was_prefill):
             self._last_was_prefill = True
-            return [Work(prefill, min(prefill.computed + self._limits.prefill_tokens, prefill.prompt_tokens))]
+            return [self._prefill(prefill, others_wait=bool(decode))]
         self._last_was_prefill = False
-        order = self._pool.arrange(s.id for s in decode)
-        return [Work(self._running[i], len(self._running[i].tokens)) for i in order]
+        return self._decode(decode)
 
-    def remove(self, sequence_id: int) -> tuple[Sequence, int] | None:
-        """Takes a sequence out, wherever it is, and returns it with the KV bytes that it held.
+    def resize(self, kv_bytes: int, max_sequences: int) -> None:
+        """New limits; what is held beyond them is given back by the next `schedule`."""
+        self._pool.resize(kv_bytes)
+        self.limits = Limits(max_sequences, self.limits.speculate, self.limits.several_multi_token_rows)
 
-        None if it is not here.
+    def remove(self, sequence: Sequence, *, keep: bool = False) -> int:
+        """Takes a sequence out, wherever it is; returns the KV bytes that it held.
+
+        With `keep`, what it computed may serve as a prefix.
         """
-        running = self._running.pop(sequence_id, None)
-        if running is not None:
-            return running, self._pool.release(sequence_id)
-        for sequence in self._waiting:
-            if sequence.id == sequence_id:
-                self._waiting.remove(sequence)
-                return sequence, 0
-        return None
+        if self._running.pop(sequence.id, None) is not None:
+            return self._pool.release(sequence.id, keep=keep)
+        self._queue.remove(sequence)
+        return 0
 
     def find(self, sequence_id: int) -> Sequence | None:
         """The sequence, if it waits or runs."""
-        return next((s for s in self if s.id == sequence_id), None)
+        return self._running.get(sequence_id) or next((s for s in self._queue if s.id == sequence_id), None)
 
     def expired(self, now: float) -> list[Sequence]:
         """Sequences whose deadline has passed."""
         return [s for s in self if s.deadline is not None and s.deadline <= now]
 
+    def hopeless(self) -> list[Sequence]:
+        """Waiting sequences that no longer fit, since the bound has shrunk."""
+        return [s for s in self._queue if self._pool.bytes_for(len(s.tokens) + 1) > self._pool.bound_bytes]
+
     def next_deadline(self) -> float | None:
         """The earliest deadline, monotonic seconds."""
         return min((s.deadline for s in self if s.deadline is not None), default=None)
 
+    def served(self, sequence: Sequence, *, prompt_tokens: int = 0, answer_tokens: int = 0) -> None:
+        """Counts what a client got."""
+        self._queue.charge(sequence.client, prompt_tokens=prompt_tokens, answer_tokens=answer_tokens)
+
     def __iter__(self) -> Iterator[Sequence]:
         """All sequences, running ones first."""
         yield from self._running.values()
-        yield from self._waiting
+        yield from self._queue
 
     @property
     def running(self) -> int:
@@ -112,14 +147,131 @@ class Scheduler:
     @property
     def waiting(self) -> int:
         """Sequences in the queue."""
-        return len(self._waiting)
+        return len(self._queue)
 
     def _admit(self) -> None:
-        while (
-            self._waiting
-            and len(self._running) < self._limits.max_sequences
-            and self._pool.can_attach(self._waiting[0].promised_tokens)
-        ):
-            sequence = self._waiting.popleft()
-            self._pool.attach(sequence.id, sequence.promised_tokens)
-            self._running[sequence.id] = sequence
+        """Lets waiting sequences begin: one prompt at a time, or several short ones if a step takes them."""
+        room = self._budget.tokens(others_wait=bool(self._running))
+        for _ in range(self.limits.max_sequences):
+            prefill = [s for s in self._running.values() if s.in_prefill]
+            sequence = self._queue.next()
+            if sequence is None:
+                return
+            widest = max(len(s.tokens) - s.computed for s in (*prefill, sequence))
+            fits = (len(prefill) + 1) * widest <= room
+            if prefill and not (self.limits.several_multi_token_rows and fits):
+                return
+            if not self._begin(sequence):
+                return
+
+    def _begin(self, sequence: Sequence) -> bool:
+        """Gives a waiting sequence its slot and memory; a client that has more than it must make way."""
+        while True:
+            if len(self._running) < self.limits.max_sequences:
+                spare = len(self._running) * _SPARE_TOKENS
+                cached = self._pool.attach(sequence.id, sequence.tokens, spare)
+                if cached is not None:
+                    break
+            victim = self._greedy(sequence.client)
+            if victim is None:
+                return False
+            self._preempt(victim)
+        self._queue.remove(sequence)
+        self._running[sequence.id] = sequence
+        sequence.computed = cached
+        sequence.account.cached += max(0, min(cached, sequence.prompt_tokens) - sequence.computed_before)
+        self._pool.advance(sequence.id, cached)
+        return True
+
+    def _greedy(self, client: str) -> Sequence | None:
+        """The youngest sequence of the client that runs most, if that is two more than `client` runs."""
+        counts: dict[str, int] = {}
+        for s in self._running.values():
+            counts[s.client] = counts.get(s.client, 0) + 1
+        greediest = max(counts, key=lambda c: counts[c], default=client)
+        if counts.get(greediest, 0) < counts.get(client, 0) + 2:
+            return None
+        return _youngest(s for s in self._running.values() if s.client == greediest)
+
+    def _prefill(self, sequences: list[Sequence], *, others_wait: bool) -> Batch:
+        tokens = self._budget.tokens(others_wait=others_wait)
+        if len(sequences) == 1:
+            sequence = sequences[0]
+            return (Work(sequence, min(sequence.computed + tokens, len(sequence.tokens))),)
+        group = self._pool.arrange(s.id for s in sequences)[0]
+        return tuple(self._whole(self._running[i], tokens // len(group)) for i in group)
+
+    @staticmethod
+    def _whole(sequence: Sequence, tokens: int) -> Work:
+        return Work(sequence, min(sequence.computed + max(1, tokens), len(sequence.tokens)))
+
+    def _decode(self, sequences: list[Sequence]) -> list[Batch]:
+        drafts = self._drafts(sequences)
+        for s in sequences:
+            # It may just have been preempted for an older one. Drafts are not worth anybody's memory.
+            if s.id in self._running and not self._pool.grow(s.id, len(s.tokens) + len(drafts[s.id])):
+                drafts[s.id] = ()
+                self._grow(s)
+        groups = self._pool.arrange(s.id for s in sequences if s.id in self._running)
+        return [
+            tuple(Work(self._running[i], len(self._running[i].tokens), drafts[i]) for i in group)
+            for group in groups
+        ]
+
+    def _drafts(self, sequences: list[Sequence]) -> dict[int, tuple[int, ...]]:
+        """Guesses by sequence; none where the wider step would cost more than they may bring."""
+        rows = len(sequences)
+        drafts = {s.id: self._draft(s, rows=rows) for s in sequences}
+        width = 1 + max(map(len, drafts.values()), default=0)
+        expected = rows + sum(
+            len(drafts[s.id]) * (s.lookup.acceptance if s.matcher is None else 1.0) for s in sequences
+        )
+        if width > 1 and not self._times.worth(rows, width, expected):
+            return dict.fromkeys(drafts, ())
+        return drafts
+
+    def _draft(self, sequence: Sequence, *, rows: int) -> tuple[int, ...]:
+        """Tokens to verify beside the newest one."""
+        limits = self.limits
+        if not limits.speculate or not (rows == 1 or limits.several_multi_token_rows):
+            return ()
+        longest = min(
+            sequence.lookup.draft_tokens,
+            VERIFIED_TOKENS // rows - 1,
+            sequence.longest - len(sequence.tokens) - 1,
+            sequence.credit - 1,
+        )
+        if longest < 1:
+            return ()
+        if sequence.matcher is not None:
+            # Guesses would mostly be refused by the grammar; what it forces is never wrong.
+            with contextlib.suppress(GrammarError):  # the next choice meets it again, and ends the request
+                return tuple(sequence.matcher.forced()[:longest])
+            return ()
+        return tuple(sequence.lookup.propose(sequence.tokens, longest))
+
+    def _grow(self, sequence: Sequence) -> None:
+        """Room for the newest token; the youngest make way, and it goes itself if it is the youngest."""
+        while sequence.id in self._running and not self._pool.grow(sequence.id, len(sequence.tokens)):
+            self._preempt(self._least_missed())
+
+    def _fit_bound(self) -> None:
+        while self._pool.over_bytes and self._running:
+            self._preempt(self._least_missed())
+
+    def _least_missed(self) -> Sequence:
+        """The youngest whose reader keeps it waiting, else the youngest: so the oldest always ends."""
+        stalled = [s for s in self._running.values() if s.credit <= 0]
+        return _youngest(stalled or self._running.values())
+
+    def _preempt(self, sequence: Sequence) -> None:
+        del self._running[sequence.id]
+        self._pool.release(sequence.id, keep=True)
+        sequence.computed_before = max(sequence.computed_before, sequence.computed)
+        sequence.computed = 0
+        self._queue.put_back(sequence)
+        self.preemptions_total += 1
+
+
+def _youngest(sequences: Iterable[Sequence]) -> Sequence:
+    return max(sequences, key=lambda s: (s.timeline.arrived, s.id))

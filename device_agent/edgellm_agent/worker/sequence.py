@@ -4,17 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import numpy as np
-
+from edgellm_agent.worker.sampler import SamplerState
+from edgellm_agent.worker.speculation import PromptLookup
+from edgellm_agent.worker.structured import Matcher
 from edgellm_agent.worker.text import TextStream
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How the next token is chosen. Temperature 0 is greedy."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
 
 
 @dataclass
@@ -27,6 +20,16 @@ class Timeline:
     last_token: float = 0.0
 
 
+@dataclass
+class Account:
+    """Tokens that were not simply computed once."""
+
+    cached: int = 0
+    recomputed: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+
 @dataclass(eq=False)
 class Sequence:
     """State of one request.
@@ -35,25 +38,31 @@ class Sequence:
     """
 
     id: int
+    client: str
     tokens: list[int]
     max_tokens: int
-    eos_ids: frozenset[int]
+    min_tokens: int
+    end_ids: frozenset[int]
     text: TextStream
-    params: SamplingParams
-    rng: np.random.Generator
+    sampling: SamplerState
     credit: int
-    deadline: float | None
     timeline: Timeline
+    matcher: Matcher | None = None
+    deadline: float | None = None
+    lookup: PromptLookup = field(default_factory=PromptLookup)
+    account: Account = field(default_factory=Account)
     prompt_tokens: int = field(init=False)
     computed: int = 0
+    computed_before: int = 0
+    """What had been computed when the sequence last lost its memory."""
 
     def __post_init__(self) -> None:
         """The prompt is what is there at the beginning."""
         self.prompt_tokens = len(self.tokens)
 
     @property
-    def promised_tokens(self) -> int:
-        """Longest that it may get."""
+    def longest(self) -> int:
+        """Longest that it may get, tokens."""
         return self.prompt_tokens + self.max_tokens
 
     @property
@@ -64,4 +73,4 @@ class Sequence:
     @property
     def in_prefill(self) -> bool:
         """Whether tokens before the newest are still to be computed."""
-        return self.computed < self.prompt_tokens
+        return len(self.tokens) - self.computed > 1

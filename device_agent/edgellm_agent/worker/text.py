@@ -4,7 +4,11 @@ string.
 
 from __future__ import annotations
 
+import json
+import re
+import sys
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 from jinja2 import TemplateError
@@ -15,6 +19,16 @@ from tokenizers.decoders import DecodeStream
 from edgellm.bundle.config import EngineConfig
 
 
+def _bytes_of_characters() -> dict[str, int]:
+    """Byte-level BPE writes a byte as a visible character: itself, or one of those from 256 on."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in visible]
+    return {chr(b): b for b in visible} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+_BYTE_OF = _bytes_of_characters()
+
+
 class PromptError(ValueError):
     """The prompt cannot be turned into tokens; `field` names what is wrong in the request."""
 
@@ -23,11 +37,43 @@ class PromptError(ValueError):
         self.field = field
 
 
+class TokenTable:
+    """What each token of a tokenizer stands for, in bytes: a token may be a part of a character."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self._byte_level = "ByteLevel" in json.dumps(json.loads(tokenizer.to_str()).get("decoder"))
+        self.special_ids = [i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special]
+
+    def __len__(self) -> int:
+        return self.tokenizer.get_vocab_size()
+
+    def __getitem__(self, token_id: int) -> bytes:
+        token = self.tokenizer.id_to_token(token_id) or ""
+        if self._byte_level and token_id not in self.special_ids and all(c in _BYTE_OF for c in token):
+            return bytes(_BYTE_OF[c] for c in token)
+        if re.fullmatch("<0x[0-9A-F]{2}>", token):
+            return bytes([int(token[3:5], 16)])
+        return token.replace("\u2581", " ").encode()
+
+    @cached_property
+    def longest_bytes(self) -> int:
+        """Most bytes of text that one token can stand for: a text has at least its bytes over this tokens.
+
+        No bound is known where text may shrink before it is cut into tokens.
+        """
+        model = json.loads(self.tokenizer.to_str())
+        if not self._byte_level or model.get("normalizer") is not None:
+            return sys.maxsize
+        return max(len(self[i]) for i in range(len(self)))
+
+
 class TextModel:
     """Tokenizer and chat template of one engine."""
 
     def __init__(self, directory: Path, config: EngineConfig) -> None:
         self._tokenizer = Tokenizer.from_file(str(directory / config.files.tokenizer))
+        self.table = TokenTable(self._tokenizer)
         self._tokens = config.tokens
         self._template = None
         if config.files.chat_template is not None:
@@ -38,6 +84,11 @@ class TextModel:
             environment.globals["raise_exception"] = _raise_exception
             source = (directory / config.files.chat_template).read_text(encoding="utf-8")
             self._template = environment.from_string(source)
+
+    @property
+    def longest_token_bytes(self) -> int:
+        """Most bytes of a prompt that one token can stand for."""
+        return self.table.longest_bytes
 
     def encode(self, prompt: str) -> list[int]:
         """Token ids of a plain prompt."""
@@ -86,9 +137,11 @@ class TextStream:
         self._held = ""
         self.stopped = False
 
-    def push(self, token: int) -> str:
-        """Text that is now sure; sets `stopped` when a stop string was met."""
+    def push(self, token: int, *, may_stop: bool = True) -> str:
+        """Text that is now sure; sets `stopped` when a stop string was met and may end the answer."""
         self._held += self._decoder.step(self._tokenizer, token) or ""
+        if not may_stop:
+            return self.finish()
         met = [at for at in (self._held.find(s) for s in self._stop) if at >= 0]
         if met:
             self.stopped = True

@@ -81,9 +81,14 @@ class Footprint(_Part):
 
 
 class EngineFiles(_Part):
-    """Titles of the files that the runtime opens by name; weight shards are named by the graph itself."""
+    """Titles of the files that the runtime opens by name; weight shards are named by the graphs themselves.
+
+    `graph` runs on every version that the engine allows. `graph_ragged` is the same for those versions that
+    take rows of different lengths in one step, and may be the same file.
+    """
 
     graph: FileTitle
+    graph_ragged: FileTitle | None = None
     tokenizer: FileTitle
     chat_template: FileTitle | None = None
 

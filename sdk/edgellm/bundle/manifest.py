@@ -134,7 +134,8 @@ class EngineManifest:
             where = ".".join(str(part) for part in first["loc"])
             _refuse(f"engine config: {where or 'document'}: {first['msg']}")
         titles = {layer.title for layer in self.layers}
-        for title in (config.files.graph, config.files.tokenizer, config.files.chat_template):
+        files = config.files
+        for title in (files.graph, files.graph_ragged, files.tokenizer, files.chat_template):
             if title is not None and title not in titles:
                 _refuse(f"engine config names the file {title}, which the manifest does not have")
         return config

@@ -121,6 +121,7 @@ class BundleWriter:
 def _media_type(path: Path, config: EngineConfig) -> str:
     by_title = {
         config.files.graph: manifests.GRAPH_MEDIA_TYPE,
+        config.files.graph_ragged: manifests.GRAPH_MEDIA_TYPE,
         config.files.tokenizer: manifests.TOKENIZER_MEDIA_TYPE,
         config.files.chat_template: manifests.CHAT_TEMPLATE_MEDIA_TYPE,
     }

@@ -6,18 +6,23 @@ with Client("unix:///run/edgellm/agent.sock") as client:
 """
 
 from edgellm.client._async import AsyncClient, AsyncGeneration
-from edgellm.client._model import (
-    ActivationStep,
+from edgellm.client._generation import (
     Chunk,
     Completion,
+    Constraint,
+    Message,
+    Sampling,
+    TokenChance,
+    TokenLogprob,
+)
+from edgellm.client._model import (
+    ActivationStep,
     DeviceInfo,
     EngineInfo,
-    Message,
     ModelInfo,
     PushProgress,
     PushResult,
     RuntimeInfo,
-    Sampling,
 )
 from edgellm.client._sync import Client, Generation
 
@@ -28,6 +33,7 @@ __all__ = [
     "Chunk",
     "Client",
     "Completion",
+    "Constraint",
     "DeviceInfo",
     "EngineInfo",
     "Generation",
@@ -37,4 +43,6 @@ __all__ = [
     "PushResult",
     "RuntimeInfo",
     "Sampling",
+    "TokenChance",
+    "TokenLogprob",
 ]

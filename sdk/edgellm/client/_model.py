@@ -1,9 +1,9 @@
-"""The values that both clients take and return, and their translation from and to protobuf."""
+"""What a device says about itself, its engines and their activation, translated from protobuf."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
@@ -131,116 +131,10 @@ class ActivationStep:
     def from_proto(cls, message: engines_pb2.ActivateResponse) -> ActivationStep:
         """The same facts from a protobuf message."""
         return cls(
-            phase=_word(engines_pb2.ActivationPhase.Name, message.phase, "ACTIVATION_PHASE_"),
+            phase=word(engines_pb2.ActivationPhase.Name, message.phase, "ACTIVATION_PHASE_"),
             elapsed_s=message.elapsed_s,
             plan=MemoryPlan.from_proto(message.plan) if message.HasField("plan") else None,
         )
-
-
-@dataclass(frozen=True)
-class Message:
-    """A turn of a chat; the role is "system", "user" or "assistant"."""
-
-    role: str
-    content: str
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen; temperature 0 is greedy, a seed of None a random one."""
-
-    temperature: float = 0.0
-    top_p: float | None = None
-    seed: int | None = None
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A piece of an answer."""
-
-    text: str
-    token_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A finished answer and what it cost; the finish reason is "stop" or "length"."""
-
-    request_id: str
-    text: str
-    finish_reason: str
-    prompt_tokens: int
-    completion_tokens: int
-    kv_bytes: int
-    queue_s: float
-    ttft_s: float
-    decode_s: float
-
-    @property
-    def decode_tokens_per_s(self) -> float:
-        """Speed after the first token; 0 if there was no second one."""
-        return (self.completion_tokens - 1) / self.decode_s if self.decode_s > 0 else 0.0
-
-
-@dataclass
-class GenerationState:
-    """What a stream of answers has brought so far."""
-
-    texts: list[str] = field(default_factory=list)
-    completion: Completion | None = None
-
-    def take(self, message: inference_pb2.GenerateResponse) -> Chunk | None:
-        """The piece that a message brings; None if it only says how the answer ended."""
-        self.texts.append(message.text)
-        if message.finish_reason:
-            self.completion = Completion(
-                request_id=message.request_id,
-                text="".join(self.texts),
-                finish_reason=_word(inference_pb2.FinishReason.Name, message.finish_reason, "FINISH_REASON_"),
-                prompt_tokens=message.usage.prompt_tokens,
-                completion_tokens=message.usage.completion_tokens,
-                kv_bytes=message.usage.kv_bytes,
-                queue_s=message.timings.queue_s,
-                ttft_s=message.timings.ttft_s,
-                decode_s=message.timings.decode_s,
-            )
-        return Chunk(message.text, tuple(message.token_ids)) if message.text or message.token_ids else None
-
-    def finished(self) -> Completion:
-        """The summary; raises RemoteError if the stream ended without one."""
-        if self.completion is None:
-            raise RemoteError(
-                "the answer ended early", code="INTERNAL", hint="see the agent's log on the device"
-            )
-        return self.completion
-
-
-def generate_request(
-    prompt: str | Sequence[Message],
-    *,
-    model: str,
-    sampling: Sampling | None,
-    max_tokens: int,
-    stop: Iterable[str],
-    ignore_eos: bool,
-) -> inference_pb2.GenerateRequest:
-    """Text that is tokenized as it is, or messages that go through the model's chat template."""
-    request = inference_pb2.GenerateRequest(
-        model=model, max_tokens=max_tokens, stop=list(stop), ignore_eos=ignore_eos
-    )
-    if isinstance(prompt, str):
-        request.prompt = prompt
-    else:
-        request.chat.SetInParent()
-        for message in prompt:
-            request.chat.messages.add(role=message.role, content=message.content)
-    chosen = sampling or Sampling()
-    request.sampling.temperature = chosen.temperature
-    if chosen.top_p is not None:
-        request.sampling.top_p = chosen.top_p
-    if chosen.seed is not None:
-        request.sampling.seed = chosen.seed
-    return request
 
 
 def granted(step: ActivationStep | None) -> MemoryPlan:
@@ -254,7 +148,7 @@ def granted(step: ActivationStep | None) -> MemoryPlan:
     return step.plan
 
 
-def _word(name_of: Callable[[Any], str], value: int, prefix: str) -> str:
+def word(name_of: Callable[[Any], str], value: int, prefix: str) -> str:
     """An enum's value as a plain word; a number that this version does not know stays a number."""
     try:
         return name_of(value).removeprefix(prefix).lower()

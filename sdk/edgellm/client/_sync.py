@@ -10,12 +10,12 @@ import grpc
 
 from edgellm.bundle.config import EngineConfig
 from edgellm.bundle.layout import Bundle
+from edgellm.client import _generation as generation_
 from edgellm.client import _model as model_
 from edgellm.client._errors import translated
+from edgellm.client._generation import Chunk, Completion
 from edgellm.client._model import (
     ActivationStep,
-    Chunk,
-    Completion,
     DeviceInfo,
     EngineInfo,
     ModelInfo,
@@ -50,20 +50,23 @@ class Client:
     Args:
         target: `unix:///run/edgellm/agent.sock` or `host:port`.
         timeout_s: Deadline of each call that has none of its own.
+        client_id: Whose requests these are: the device shares its time fairly between clients. None means
+            that this object is a client of its own.
     """
 
-    def __init__(self, target: str, *, timeout_s: float = 30.0) -> None:
+    def __init__(self, target: str, *, timeout_s: float = 30.0, client_id: str | None = None) -> None:
         self.target = target
         self.timeout_s = timeout_s
+        self._metadata = generation_.client_metadata(client_id)
         self._channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
         self._device = DeviceServiceStub(self._channel)
         self._engines = EngineServiceStub(self._channel)
         self._inference = InferenceServiceStub(self._channel)
 
     @classmethod
-    def for_device(cls, name: str, *, timeout_s: float = 30.0) -> Self:
+    def for_device(cls, name: str, *, timeout_s: float = 30.0, client_id: str | None = None) -> Self:
         """A client for a device in `devices.toml`; raises UnknownDeviceError."""
-        return cls(DeviceBook().find(name).target, timeout_s=timeout_s)
+        return cls(DeviceBook().find(name).target, timeout_s=timeout_s, client_id=client_id)
 
     def __enter__(self) -> Self:
         """Returns the client itself."""
@@ -138,13 +141,17 @@ class Client:
 
     def generate(
         self,
-        prompt: str | Sequence[model_.Message],
+        prompt: str | Sequence[generation_.Message],
         *,
         model: str = "",
-        sampling: model_.Sampling | None = None,
+        sampling: generation_.Sampling | None = None,
         max_tokens: int = 0,
         stop: Iterable[str] = (),
         ignore_eos: bool = False,
+        min_tokens: int = 0,
+        stop_token_ids: Iterable[int] = (),
+        top_logprobs: int | None = None,
+        constraint: generation_.Constraint | None = None,
         timeout_s: float = 600.0,
     ) -> Generation:
         """Starts an answer.
@@ -156,12 +163,27 @@ class Client:
             max_tokens: Most tokens of the answer; 0 means 512, or what the context leaves.
             stop: Strings before which the answer ends.
             ignore_eos: Go on to max_tokens, for measuring.
+            min_tokens: Neither the model's end nor a stop ends the answer before so many tokens.
+            stop_token_ids: Tokens that end the answer as the model's own end does; at most 64.
+            top_logprobs: Each token comes with its log probability and those of so many likeliest
+                alternatives, at most 20; None means without.
+            constraint: What the answer must look like.
             timeout_s: Deadline of the whole answer.
         """
-        request = model_.generate_request(
-            prompt, model=model, sampling=sampling, max_tokens=max_tokens, stop=stop, ignore_eos=ignore_eos
+        request = generation_.generate_request(
+            prompt,
+            model=model,
+            sampling=sampling,
+            max_tokens=max_tokens,
+            stop=stop,
+            ignore_eos=ignore_eos,
+            min_tokens=min_tokens,
+            stop_token_ids=stop_token_ids,
+            top_logprobs=top_logprobs,
+            constraint=constraint,
         )
-        return Generation(self._inference.Generate(request, timeout=timeout_s), self.target)
+        call = self._inference.Generate(request, timeout=timeout_s, metadata=self._metadata)
+        return Generation(call, self.target)
 
     def watch_telemetry(
         self, interval_s: float = 1.0, *, timeout_s: float | None = None
@@ -211,7 +233,7 @@ class Generation(Iterator[Chunk]):
     def __init__(self, call: _AnswerCall, target: str) -> None:
         self._call = call
         self._target = target
-        self._state = model_.GenerationState()
+        self._state = generation_.GenerationState()
 
     def __next__(self) -> Chunk:
         """The next piece; raises RemoteError or DeviceUnreachableError."""

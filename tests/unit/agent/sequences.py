@@ -1,8 +1,7 @@
 """Sequences for tests, without a model behind them."""
 
-import numpy as np
-
-from edgellm_agent.worker.sequence import SamplingParams, Sequence, Timeline
+from edgellm_agent.worker.sampler import SamplerState, SamplingParams
+from edgellm_agent.worker.sequence import Sequence, Timeline
 
 
 class NoText:
@@ -10,23 +9,37 @@ class NoText:
 
     stopped = False
 
-    def push(self, token):
+    def push(self, token, *, may_stop=True):
         return ""
 
     def finish(self):
         return ""
 
 
-def make(sequence_id, prompt=4, max_tokens=8, *, credit=1000, deadline=None, params=None, seed=0):
+def make(
+    sequence_id,
+    prompt=4,
+    max_tokens=8,
+    *,
+    tokens=None,
+    client="",
+    credit=1000,
+    deadline=None,
+    params=None,
+    seed=0,
+    arrived=0.0,
+):
+    tokens = list(range(1, prompt + 1)) if tokens is None else list(tokens)
     return Sequence(
         id=sequence_id,
-        tokens=list(range(1, prompt + 1)),
+        client=client,
+        tokens=tokens,
         max_tokens=max_tokens,
-        eos_ids=frozenset(),
+        min_tokens=0,
+        end_ids=frozenset(),
         text=NoText(),
-        params=params or SamplingParams(),
-        rng=np.random.default_rng(seed),
+        sampling=SamplerState(params or SamplingParams(), tokens, seed),
         credit=credit,
         deadline=deadline,
-        timeline=Timeline(arrived=0.0),
+        timeline=Timeline(arrived=arrived),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -65,16 +66,27 @@ def reference_logits(shape: Architecture, weights: Mapping[str, Floats], ids: ND
 class Engine:
     """A built graph with the caches of some rows, driven as the device drives it: caches bound in place."""
 
-    def __init__(self, directory: Path, *, rows: int = 1, capacity: int = 64, threads: int = 1) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        graph: str = "model.onnx",
+        rows: int = 1,
+        capacity: int = 64,
+        threads: int = 1,
+        unwritten: int = 127,
+    ) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
-        self.session = ort.InferenceSession(str(directory / "model.onnx"), options, ["CPUExecutionProvider"])
+        self.session = ort.InferenceSession(str(directory / graph), options, ["CPUExecutionProvider"])
         inputs = {item.name: item for item in self.session.get_inputs()}
         kv_heads, head_dim = inputs["kv_key_0"].shape[1], inputs["kv_key_0"].shape[3]
         names = [name for name in inputs if name.startswith("kv_")]
         # What was never written must never be read: not a number there would spread to the logits.
-        self.caches = {
-            name: np.full((rows, kv_heads, capacity, head_dim), np.nan, np.float32) for name in names
+        floats = inputs["kv_key_0"].type == "tensor(float)"
+        dtype, fill = (np.float32, np.nan) if floats else (np.int8, unwritten)
+        self.caches: dict[str, NDArray[Any]] = {
+            name: np.full((rows, kv_heads, capacity, head_dim), fill, dtype) for name in names
         }
 
     def step(
@@ -95,7 +107,7 @@ class Engine:
         for name, array in feeds.items():
             binding.bind_cpu_input(name, array)
         for name, cache in self.caches.items():
-            cell = (np.float32, cache.shape, cache.ctypes.data)
+            cell = (cache.dtype, cache.shape, cache.ctypes.data)
             binding.bind_input(name, "cpu", 0, *cell)
             binding.bind_output(f"{name}_out", "cpu", 0, *cell)
         binding.bind_output("logits")

@@ -6,6 +6,7 @@ import hashlib
 import json
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -18,7 +19,7 @@ from edgellm.bundle import Bundle, EngineConfig
 from edgellm_buildhost.build import build_engine
 from edgellm_buildhost.checkpoint import open_checkpoint
 from edgellm_buildhost.errors import BuildError
-from edgellm_buildhost.recipe import PrecisionName
+from edgellm_buildhost.recipe import KvName, PrecisionName
 from tests.support.tiny_models import make_tiny_gguf, make_tiny_hf
 from tests.unit.buildhost.reference import Engine
 
@@ -37,7 +38,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def build(
-    source: Path, target: Path, precision: PrecisionName = PrecisionName.INT4, **options: int
+    source: Path, target: Path, precision: PrecisionName = PrecisionName.INT4, **options: Any
 ) -> EngineConfig:
     target.mkdir()
     return build_engine(open_checkpoint(source), precision, target, profile="host", **options)
@@ -47,9 +48,12 @@ def digests(directory: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir()}
 
 
+@pytest.mark.parametrize("kv", KvName)
 @pytest.mark.parametrize("precision", PrecisionName)
-def test_equal_input_gives_equal_bytes(tmp_path: Path, hf: Path, precision: PrecisionName) -> None:
-    first, second = build(hf, tmp_path / "one", precision), build(hf, tmp_path / "two", precision)
+def test_equal_input_gives_equal_bytes(
+    tmp_path: Path, hf: Path, precision: PrecisionName, kv: KvName
+) -> None:
+    first, second = (build(hf, tmp_path / name, precision, kv=kv) for name in ("one", "two"))
     assert first == second
     assert digests(tmp_path / "one") == digests(tmp_path / "two")
 
@@ -65,9 +69,26 @@ def test_the_config_says_what_was_built(tmp_path: Path, hf: Path) -> None:
     assert config.name == "tiny-int4"
     assert (config.model.layers, config.model.kv_heads, config.model.head_dim) == (2, 2, 16)
     assert config.tokens.eos_ids == (2,)
-    named = {config.files.graph, config.files.tokenizer, config.files.chat_template}
+    files = config.files
+    named = {files.graph, files.graph_ragged, files.tokenizer, files.chat_template}
     assert named <= {path.name for path in (tmp_path / "engine").iterdir()}
     Tokenizer.from_file(str(tmp_path / "engine" / config.files.tokenizer))
+
+
+def test_one_graph_is_portable_and_the_other_takes_ragged_rows_over_the_same_shards(
+    tmp_path: Path, hf: Path
+) -> None:
+    files = build(hf, tmp_path / "engine").files
+    graphs = [
+        onnx.load(tmp_path / "engine" / title, load_external_data=False).graph
+        for title in (files.graph, files.graph_ragged)
+    ]
+    attentions = [[n for n in graph.node if n.op_type == "GroupQueryAttention"] for graph in graphs]
+    # More than 12 inputs are refused by 1.23; the 17th is the number of tokens that are not padding.
+    assert all(len(node.input) <= 12 for node in attentions[0])
+    assert all((len(node.input), node.input[16]) == (17, "query_len") for node in attentions[1])
+    assert list(graphs[0].initializer) == list(graphs[1].initializer)
+    assert [item.name for item in graphs[0].input] == [item.name for item in graphs[1].input]
 
 
 def test_weights_lie_in_shards_of_bounded_size_and_on_pages(tmp_path: Path, hf: Path) -> None:
@@ -130,6 +151,14 @@ def test_the_command_writes_a_bundle_that_verifies(tmp_path: Path, hf: Path, hom
     assert json.loads(output)["digest"] == bundle.variants[0].digest
     assert bundle.variants[0].config.target.profile == "orin-nano-8gb"
     assert (home / "last-build").read_text() == str(target)
+
+
+def test_the_command_builds_an_int8_cache_when_asked(tmp_path: Path, hf: Path) -> None:
+    code, output = run_build(str(hf), "--kv", "int8", "-o", str(tmp_path / "tiny.bundle"), "--json")
+    assert code == 0, output
+    assert json.loads(output)["config"]["precision"]["kv"] == "int8"
+    code, output = run_build(str(hf), "--kv", "int8", "-o", str(tmp_path / "tiny.bundle"))
+    assert "int8, 128 B per token" in output
 
 
 def test_the_command_names_the_digest_again_for_the_same_input(tmp_path: Path, hf: Path) -> None:

@@ -12,6 +12,7 @@ from edgellm.bundle import Bundle, BundleWriter
 from edgellm.client import AsyncClient, AsyncGeneration, Client, Generation, Message, Sampling
 from edgellm.errors import BundleError, DeviceUnreachableError, RemoteError
 from edgellm.memory import plan_memory
+from edgellm.v1 import inference_pb2
 from tests.support.fake_device import serve
 from tests.support.tiny_bundle import WEIGHTS, make_files
 
@@ -236,6 +237,8 @@ def test_an_answer_comes_in_pieces_with_a_summary_at_the_end(target, device):
     assert (completion.text, completion.finish_reason) == ("Hello Jetson.", "stop")
     assert (completion.prompt_tokens, completion.completion_tokens, completion.kv_bytes) == (3, 4, 4096)
     assert completion.decode_tokens_per_s == pytest.approx(10)
+    assert (completion.cached_tokens, completion.recomputed_tokens) == (2, 5)
+    assert (completion.draft_tokens, completion.accepted_draft_tokens) == (4, 1)
     (request,) = device.requests
     assert (request.prompt, list(request.stop), request.max_tokens, request.ignore_eos) == (
         "Hi",
@@ -243,7 +246,10 @@ def test_an_answer_comes_in_pieces_with_a_summary_at_the_end(target, device):
         9,
         True,
     )
-    assert not request.sampling.HasField("top_p")
+    assert request.sampling == inference_pb2.Sampling()
+    assert not request.HasField("top_logprobs")
+    assert not request.HasField("constraint")
+    assert first.logprobs == ()
 
 
 async def test_an_answer_comes_in_pieces_to_the_async_client(target, device):

@@ -7,7 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgellm.errors import DoesNotFitError
-from edgellm.memory import MINIMAL_CONTEXT_TOKENS, WORKER_BYTES, MemoryPlan, plan_memory, workspace_bytes
+from edgellm.memory import (
+    MINIMAL_CONTEXT_TOKENS,
+    VERIFIED_TOKENS,
+    WORKER_BYTES,
+    MemoryPlan,
+    plan_memory,
+    workspace_bytes,
+)
 from tests.support.tiny_bundle import make_config
 
 CONFIG = make_config()
@@ -57,7 +64,10 @@ def test_a_plan_fits_and_holds_one_whole_sequence_or_is_refused_with_figures(
     assert used_bytes(plan) == total or plan.kv_bytes == usable_kv_bytes
     assert plan.context_tokens <= min(context or CONFIG.model.context_length, CONFIG.model.context_length)
     assert plan.workspace_bytes == workspace_bytes(
-        CONFIG, step_tokens=max(many, prefill), context_tokens=plan.context_tokens
+        CONFIG,
+        step_tokens=max(many, prefill),
+        context_tokens=plan.context_tokens,
+        max_sequences=many,
     )
     more = plan_or_refusal(total + 1, **asked)
     assert isinstance(more, MemoryPlan)
@@ -86,7 +96,8 @@ def test_plenty_of_memory_gives_what_was_asked_for_and_no_more():
     )
     assert (plan.context_tokens, plan.max_sequences) == (1000, 3)
     assert plan.kv_bytes == 3 * 1000 * CONFIG.kv_bytes_per_token == 3 * 1000 * 2 * 2 * 2 * 16 * 4
-    assert plan.workspace_bytes == WORKER_BYTES + MIB + 64 * 1024 + 4 * 64 * 1000 * 4
+    logits_bytes = VERIFIED_TOKENS * CONFIG.model.vocab_size * 4
+    assert plan.workspace_bytes == WORKER_BYTES + MIB + 64 * 1024 + 4 * 64 * 1000 * 4 + logits_bytes
 
 
 def test_a_plan_survives_the_wire():

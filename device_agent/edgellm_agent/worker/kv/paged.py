@@ -1,8 +1,8 @@
-"""Host memory of the KV cache: contiguous addresses per sequence, backed by pages only where tokens are.
+"""KV memory of a CPU: contiguous addresses per sequence, backed by pages only where tokens are.
 
 Each layer has a key and a value tensor of shape [slots, kv_heads, capacity, head_dim] in anonymous memory
-that is reserved but not taken. A page becomes real when a token is written into it, and is given back with
-`clear`. `move` hands a slot's pages to another slot by page table, without a copy.
+that is reserved but not taken. A page becomes real when a token is written into it. Slots change places by
+page table, without a copy.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import ctypes
 import math
 import mmap
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
 
-from edgellm_agent.runtimes.base import KvTensor
+from edgellm_agent.runtimes.base import KvSpace, KvTensor
+from edgellm_agent.worker.kv.base import KvGeometry, Place
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -40,68 +41,116 @@ _MADV_NOHUGEPAGE = 15
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 
-@dataclass(frozen=True)
-class KvGeometry:
-    """Shape of the cache of one model."""
+class PagedKvMemory:
+    """One space of many slots; a slot takes pages as its tokens come.
 
-    layers: int
-    kv_heads: int
-    head_dim: int
-    item_bytes: int
-
-    @property
-    def tokens_per_page(self) -> int:
-        """Smallest run of tokens that fills whole pages in every head's region."""
-        token_bytes = self.head_dim * self.item_bytes
-        return mmap.PAGESIZE // math.gcd(mmap.PAGESIZE, token_bytes)
-
-    @property
-    def granule_bytes(self) -> int:
-        """Memory that `tokens_per_page` tokens of one sequence take in all layers, keys and values."""
-        return 2 * self.layers * self.kv_heads * self.tokens_per_page * self.head_dim * self.item_bytes
-
-    def bytes_for(self, tokens: int) -> int:
-        """Memory that a sequence of so many tokens takes: whole pages."""
-        return -(-tokens // self.tokens_per_page) * self.granule_bytes
-
-
-class KvMemory:
-    """The mapped tensors. Raises MemoryError when the kernel refuses the address space."""
+    One slot more than `slots` is mapped, so that two can change places. Raises MemoryError when the kernel
+    refuses the address space.
+    """
 
     def __init__(self, geometry: KvGeometry, slots: int, context_tokens: int) -> None:
         self.geometry = geometry
-        self.slots = slots
-        page = geometry.tokens_per_page
-        self.capacity = -(-context_tokens // page) * page
-        self._stride = geometry.kv_heads * self.capacity * geometry.head_dim * geometry.item_bytes
+        token_bytes = geometry.head_dim * geometry.item_bytes
+        # The smallest run of tokens that fills whole pages in every head's region.
+        self.tokens_per_page = mmap.PAGESIZE // math.gcd(mmap.PAGESIZE, token_bytes)
+        self._granule_bytes = self.tokens_per_page * geometry.bytes_per_token
+        self._capacity = -(-context_tokens // self.tokens_per_page) * self.tokens_per_page
+        self._head_bytes = self._capacity * token_bytes
+        self._stride = geometry.kv_heads * self._head_bytes
+        self._slots = slots + 1
+        self._free = set(range(self._slots))
+        self._slot_of: dict[int, int] = {}
+        self._next_handle = 0
         self._bases: list[int] = []
         try:
             for _ in range(2 * geometry.layers):
-                self._bases.append(_map(None, slots * self._stride))
+                self._bases.append(_map(None, self._slots * self._stride))
         except BaseException:
             self.close()
             raise
 
     @property
-    def keys(self) -> tuple[KvTensor, ...]:
-        """Key tensors by layer."""
-        return self._tensors(self._bases[0::2])
+    def spaces(self) -> tuple[KvSpace, ...]:
+        """One space."""
+        return (KvSpace(self._tensors(self._bases[0::2]), self._tensors(self._bases[1::2])),)
 
     @property
-    def values(self) -> tuple[KvTensor, ...]:
-        """Value tensors by layer."""
-        return self._tensors(self._bases[1::2])
+    def capacity_tokens(self) -> int:
+        """Longest sequence: the context, rounded up to whole pages."""
+        return self._capacity
 
-    def clear(self, slot: int) -> None:
-        """Gives the pages of a slot back; it reads as zeros afterwards."""
+    def bytes_for(self, tokens: int) -> int:
+        """Whole pages in every head's region."""
+        return -(-tokens // self.tokens_per_page) * self._granule_bytes
+
+    def allocate(self, tokens: int) -> int | None:
+        """Any slot will do; one stays free for `arrange`."""
+        if len(self._free) <= 1 or tokens > self._capacity:
+            return None
+        self._next_handle += 1
+        self._slot_of[self._next_handle] = min(self._free)
+        self._free.remove(self._slot_of[self._next_handle])
+        return self._next_handle
+
+    def extend(self, handle: int, held_tokens: int, tokens: int) -> bool:  # noqa: ARG002 - nothing moves
+        """Pages come by themselves."""
+        if handle not in self._slot_of:
+            raise KeyError(handle)
+        return tokens <= self._capacity
+
+    def trim(self, handle: int, tokens: int) -> None:
+        """Gives the pages behind the last token's back to the kernel."""
+        kept = -(-tokens // self.tokens_per_page) * self.tokens_per_page
+        offset = kept * self.geometry.head_dim * self.geometry.item_bytes
+        if offset == 0:
+            self._release(self._slot_of[handle] * self._stride, self._stride)
+        elif offset < self._head_bytes:
+            for head in range(self.geometry.kv_heads):
+                start = self._slot_of[handle] * self._stride + head * self._head_bytes + offset
+                self._release(start, self._head_bytes - offset)
+
+    def free(self, handle: int) -> None:
+        """Gives the pages back; the slot reads as zeros afterwards."""
+        self.trim(handle, 0)
+        self._free.add(self._slot_of.pop(handle))
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        """Copies whole tokens, head by head; cheaper by far than computing them again."""
+        length = tokens * self.geometry.head_dim * self.geometry.item_bytes
         for base in self._bases:
-            _check(_libc.madvise(base + slot * self._stride, self._stride, _MADV_DONTNEED), "madvise")
+            for head in range(self.geometry.kv_heads):
+                offset = base + head * self._head_bytes
+                ctypes.memmove(
+                    offset + self._slot_of[target] * self._stride,
+                    offset + self._slot_of[source] * self._stride,
+                    length,
+                )
 
-    def move(self, source: int, target: int) -> None:
-        """Moves the pages of `source` to `target`, whose own content is lost.
+    def place(self, handle: int) -> Place:
+        """Its slot in the only space."""
+        return Place(0, self._slot_of[handle])
 
-        `source` is empty afterwards.
-        """
+    def arrange(self, handles: Sequence[int]) -> list[list[int]]:
+        """Moves these into the first slots: one group."""
+        wanted = set(handles)
+        by_slot = {slot: handle for handle, slot in self._slot_of.items()}
+        outside = [h for h in wanted if self._slot_of[h] >= len(wanted)]
+        # Free targets first: then every slot that is still free lies behind the group.
+        targets = [slot for slot in range(len(wanted)) if by_slot.get(slot) not in wanted]
+        for target in sorted(targets, key=lambda slot: slot in by_slot):
+            holder = by_slot.get(target)
+            if holder is not None:
+                self._move(holder, max(self._free))
+            self._move(outside.pop(), target)
+        return [sorted(wanted, key=lambda handle: self._slot_of[handle])] if wanted else []
+
+    def close(self) -> None:
+        """Unmaps everything."""
+        while self._bases:
+            _libc.munmap(self._bases.pop(), self._slots * self._stride)
+
+    def _move(self, handle: int, target: int) -> None:
+        source = self._slot_of[handle]
         for base in self._bases:
             old, new = base + source * self._stride, base + target * self._stride
             moved = _libc.mremap(old, self._stride, self._stride, _MREMAP_MAYMOVE | _MREMAP_FIXED, new)
@@ -109,15 +158,17 @@ class KvMemory:
                 raise OSError(ctypes.get_errno(), f"mremap: {os.strerror(ctypes.get_errno())}")
             # The hole that it leaves must be ours again before anybody else maps something there.
             _map(old, self._stride)
+        self._slot_of[handle] = target
+        self._free.discard(target)
+        self._free.add(source)
 
-    def close(self) -> None:
-        """Unmaps everything; nobody may touch the tensors afterwards."""
-        while self._bases:
-            _libc.munmap(self._bases.pop(), self.slots * self._stride)
+    def _release(self, offset: int, length: int) -> None:
+        for base in self._bases:
+            if _libc.madvise(base + offset, length, _MADV_DONTNEED) != 0:
+                raise OSError(ctypes.get_errno(), f"madvise: {os.strerror(ctypes.get_errno())}")
 
     def _tensors(self, bases: list[int]) -> tuple[KvTensor, ...]:
-        geometry = self.geometry
-        shape = (self.slots, geometry.kv_heads, self.capacity, geometry.head_dim)
+        shape = (self._slots, self.geometry.kv_heads, self._capacity, self.geometry.head_dim)
         return tuple(KvTensor(base, shape, self._stride) for base in bases)
 
 
@@ -129,8 +180,3 @@ def _map(address: int | None, length: int) -> int:
     # A kernel without transparent huge pages refuses the advice, and needs none.
     _libc.madvise(got, length, _MADV_NOHUGEPAGE)
     return got
-
-
-def _check(result: int, call: str) -> None:
-    if result != 0:
-        raise OSError(ctypes.get_errno(), f"{call}: {os.strerror(ctypes.get_errno())}")

@@ -1,17 +1,21 @@
-"""Accounts for the KV cache.
+"""Accounts for the KV cache: who holds how much of it, what may be reused, what goes first.
 
-Which sequence has which slot, how many bytes are used and how many are promised.
-
-A sequence is attached with a promise for its longest possible length, so that one that has begun can always
-end. Promises never exceed the bound. Used bytes are those backed by pages; they follow the tokens written.
+A live sequence is charged for the room that it was given: its whole prompt when it is attached, then page by
+page as it grows. A finished one stays, charged for what it holds, because the next request may begin with the
+same tokens; it goes when memory is needed, least recently used first. Live and cached bytes together never
+exceed the bound.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from edgellm_agent.worker.kv_memory import KvMemory
+from edgellm_agent.worker.kv.base import KvMemory, Place
+
+# A shorter prefix costs less to compute than to look after.
+MIN_PREFIX_TOKENS = 16
 
 
 class TooLargeError(Exception):
@@ -25,102 +29,200 @@ class TooLargeError(Exception):
 
 @dataclass(frozen=True)
 class KvStats:
-    """Bytes of the cache; used <= promised <= bound."""
+    """Bytes of the cache; cached <= used, and used and promised together with it stay within the bound."""
 
     used_bytes: int
+    """Held by tokens, those of finished sequences included."""
+    cached_bytes: int
+    """Of these, held by finished sequences."""
     promised_bytes: int
+    """Charged to live sequences."""
     bound_bytes: int
 
 
-@dataclass
-class _Attached:
-    slot: int
-    promised_tokens: int
-    tokens: int = 0
+@dataclass(eq=False)
+class _Entry:
+    """What lies under a handle: the first `held` of `tokens`, with room for `room`."""
+
+    handle: int
+    tokens: Sequence[int]
+    held: int
+    room: int
 
 
 class KvPool:
-    """Slots and bytes of the KV cache. It owns the memory; sequences are known by id alone."""
+    """Owns the memory; sequences are known by id, and lend their list of tokens, which may only grow."""
 
     def __init__(self, memory: KvMemory, bound_bytes: int) -> None:
         self._memory = memory
         self._bound_bytes = bound_bytes
-        self._attached: dict[int, _Attached] = {}
-        # One slot is kept free, so that any two can change places.
-        self._free = set(range(memory.slots))
+        self._live: dict[int, _Entry] = {}
+        self._cached: OrderedDict[int, _Entry] = OrderedDict()
+        self._promised_bytes = 0
+        self._cached_bytes = 0
+
+    @property
+    def bound_bytes(self) -> int:
+        """What live and cached sequences may take together."""
+        return self._bound_bytes
 
     def bytes_for(self, tokens: int) -> int:
         """Memory of a sequence of so many tokens."""
-        return self._memory.geometry.bytes_for(tokens)
+        return self._memory.bytes_for(tokens)
 
     def check_fits(self, tokens: int) -> None:
         """Raises TooLargeError for a sequence that would not fit even if it were alone."""
         if self.bytes_for(tokens) > self._bound_bytes:
             raise TooLargeError(self.bytes_for(tokens), self._bound_bytes)
 
-    def can_attach(self, promised_tokens: int) -> bool:
-        """Whether `attach` would succeed now."""
-        fits = self._promised_bytes() + self.bytes_for(promised_tokens) <= self._bound_bytes
-        return fits and len(self._free) > 1
+    def attach(self, sequence: int, tokens: Sequence[int], spare_tokens: int = 0) -> int | None:
+        """Gives a sequence room for all its tokens; cached prefixes make way if need be.
 
-    def attach(self, sequence: int, promised_tokens: int) -> None:
-        """Gives a sequence a slot and the promise of its memory; only after `can_attach`."""
-        if not self.can_attach(promised_tokens) or sequence in self._attached:
-            raise ValueError(f"sequence {sequence} cannot be attached")
-        slot = min(self._free)
-        self._free.remove(slot)
-        self._attached[sequence] = _Attached(slot, promised_tokens)
-
-    def grow(self, sequence: int, tokens: int) -> None:
-        """Tells that the sequence now holds so many tokens; at most what was promised."""
-        attached = self._attached[sequence]
-        if not attached.tokens <= tokens <= attached.promised_tokens:
-            raise ValueError(f"sequence {sequence}: {tokens} tokens, {attached.promised_tokens} promised")
-        attached.tokens = tokens
-
-    def release(self, sequence: int) -> int:
-        """Takes slot and pages back; returns the bytes that the sequence had used."""
-        attached = self._attached.pop(sequence)
-        self._memory.clear(attached.slot)
-        self._free.add(attached.slot)
-        return self.bytes_for(attached.tokens)
-
-    def slot(self, sequence: int) -> int:
-        """The sequence's slot, until the next `arrange`."""
-        return self._attached[sequence].slot
-
-    def arrange(self, sequences: Iterable[int]) -> list[int]:
-        """Moves these sequences into the first slots, as a batched kernel needs them.
-
-        Returns them in slot order.
+        Room for `spare_tokens` must be left to live sequences. Returns how many of the tokens are there
+        already, always less than all; None if only live sequences could make way.
         """
-        wanted = set(sequences)
-        by_slot = {a.slot: s for s, a in self._attached.items()}
-        outside = [s for s in wanted if self._attached[s].slot >= len(wanted)]
-        for target in range(len(wanted)):
-            holder = by_slot.get(target)
-            if holder in wanted:
-                continue
-            if holder is not None:
-                self._move(holder, max(self._free))
-            self._move(outside.pop(), target)
-        return sorted(wanted, key=self.slot)
+        if sequence in self._live:
+            raise ValueError(f"sequence {sequence} is attached already")
+        if not self._could_have(self.bytes_for(len(tokens)) + self.bytes_for(spare_tokens)):
+            return None
+        donor, length = self._longest_prefix(tokens)
+        entry = self._copied(donor, length, len(tokens)) or self._taken_over(donor, length, len(tokens))
+        if entry is None:
+            return None
+        entry.tokens, entry.held = tokens, length
+        self._live[sequence] = entry
+        self._promised_bytes += self.bytes_for(entry.room)
+        return length
+
+    def grow(self, sequence: int, tokens: int) -> bool:
+        """Room for so many tokens; False if only other live sequences could make way."""
+        entry = self._live[sequence]
+        if tokens <= entry.room:
+            return True
+        more = self.bytes_for(tokens) - self.bytes_for(entry.room)
+        while not (self._has(more) and self._memory.extend(entry.handle, entry.held, tokens)):
+            if not self._evict():
+                return False
+        self._promised_bytes += more
+        entry.room = tokens
+        return True
+
+    def advance(self, sequence: int, tokens: int) -> None:
+        """Tells that the first so many tokens are computed."""
+        entry = self._live[sequence]
+        if not 0 <= tokens <= entry.room:
+            raise ValueError(f"sequence {sequence}: {tokens} tokens, room for {entry.room}")
+        entry.held = tokens
+
+    def release(self, sequence: int, *, keep: bool = False) -> int:
+        """Ends a sequence's claim; kept, it becomes a cached prefix. Returns the bytes that it had used."""
+        entry = self._live.pop(sequence)
+        self._promised_bytes -= self.bytes_for(entry.room)
+        used = self.bytes_for(entry.held)
+        if keep and entry.held >= MIN_PREFIX_TOKENS and self._has(used):
+            self._memory.trim(entry.handle, entry.held)
+            entry.room = entry.held
+            self._cached[entry.handle] = entry
+            self._cached_bytes += used
+        else:
+            self._memory.free(entry.handle)
+        return used
+
+    def resize(self, bound_bytes: int) -> None:
+        """Sets the bound; cached prefixes go at once. What live sequences hold beyond it is `over_bytes`."""
+        self._bound_bytes = bound_bytes
+        while not self._has(0) and self._evict():
+            pass
+
+    @property
+    def over_bytes(self) -> int:
+        """What live sequences must give back."""
+        return max(0, self._promised_bytes - self._bound_bytes)
+
+    def place(self, sequence: int) -> Place:
+        """Where the sequence lies, until the next `arrange` or `grow`."""
+        return self._memory.place(self._live[sequence].handle)
+
+    def arrange(self, sequences: Iterable[int]) -> list[list[int]]:
+        """Groups of sequences that can share a step, each in slot order."""
+        by_handle = {self._live[s].handle: s for s in sequences}
+        return [[by_handle[h] for h in group] for group in self._memory.arrange(list(by_handle))]
 
     def stats(self) -> KvStats:
         """What is used and promised now."""
-        used = sum(self.bytes_for(a.tokens) for a in self._attached.values())
-        return KvStats(used, self._promised_bytes(), self._bound_bytes)
+        used = self._cached_bytes + sum(self.bytes_for(e.held) for e in self._live.values())
+        return KvStats(used, self._cached_bytes, self._promised_bytes, self._bound_bytes)
 
     def close(self) -> None:
         """Gives all memory back."""
         self._memory.close()
 
-    def _promised_bytes(self) -> int:
-        return sum(self.bytes_for(a.promised_tokens) for a in self._attached.values())
+    def _has(self, more_bytes: int) -> bool:
+        return self._promised_bytes + self._cached_bytes + more_bytes <= self._bound_bytes
 
-    def _move(self, sequence: int, target: int) -> None:
-        attached = self._attached[sequence]
-        self._memory.move(attached.slot, target)
-        self._free.discard(target)
-        self._free.add(attached.slot)
-        attached.slot = target
+    def _could_have(self, more_bytes: int) -> bool:
+        """Whether there is so much once all cached prefixes are gone."""
+        return self._promised_bytes + more_bytes <= self._bound_bytes
+
+    def _longest_prefix(self, tokens: Sequence[int]) -> tuple[_Entry | None, int]:
+        """The entry that shares most tokens from the start; cached ones first, since they can be taken."""
+        best, length = None, MIN_PREFIX_TOKENS - 1
+        for entry in (*self._cached.values(), *self._live.values()):
+            # The last token is always computed: its logits are wanted.
+            limit = min(entry.held, len(tokens) - 1)
+            if limit > length and (shared := _shared_prefix(entry.tokens, tokens, limit)) > length:
+                best, length = entry, shared
+        return (best, length) if best is not None else (None, 0)
+
+    def _copied(self, donor: _Entry | None, length: int, room: int) -> _Entry | None:
+        """Memory of its own with the donor's prefix in it; None if there is none, or no need for two."""
+        if donor is not None and donor.handle in self._cached:
+            self._cached.move_to_end(donor.handle)
+            if donor.held - length < MIN_PREFIX_TOKENS:
+                return None
+        handle = None
+        while not self._has(self.bytes_for(room)) or (handle := self._memory.allocate(room)) is None:
+            if not self._evict(spare=donor):
+                return None
+        if donor is not None:
+            self._memory.copy(donor.handle, handle, length)
+        return _Entry(handle, (), length, room)
+
+    def _taken_over(self, donor: _Entry | None, length: int, room: int) -> _Entry | None:
+        """The donor's own memory, if it is a cached one; what it holds beyond the prefix is lost."""
+        if donor is None or donor.handle not in self._cached:
+            return None
+        self._uncache(donor)
+        while not (self._has(self.bytes_for(room)) and self._memory.extend(donor.handle, length, room)):
+            if not self._evict():
+                self._cached[donor.handle] = donor
+                self._cached_bytes += self.bytes_for(donor.held)
+                return None
+        self._memory.trim(donor.handle, length)
+        donor.room = room
+        return donor
+
+    def _evict(self, spare: _Entry | None = None) -> bool:
+        """Drops the least recently used cached prefix; False if there is none left to drop."""
+        entry = next((e for e in self._cached.values() if e is not spare), None)
+        if entry is None:
+            return False
+        self._uncache(entry)
+        self._memory.free(entry.handle)
+        return True
+
+    def _uncache(self, entry: _Entry) -> None:
+        del self._cached[entry.handle]
+        self._cached_bytes -= self.bytes_for(entry.held)
+
+
+def _shared_prefix(a: Sequence[int], b: Sequence[int], limit: int) -> int:
+    """Length of the common prefix, at most `limit`: halving, since comparing slices is fast."""
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -1,0 +1,68 @@
+import select
+import threading
+
+import pytest
+
+from edgellm.v1 import worker_pb2
+from edgellm_agent.worker.intake import Intake
+from tests.unit.agent.sequences import make
+
+
+def submit(number):
+    return worker_pb2.Submit(id=number)
+
+
+@pytest.fixture
+def gate():
+    """Holds every preparation until it is opened."""
+    return threading.Event()
+
+
+@pytest.fixture
+def intake(gate):
+    def prepare(message, arrived):
+        assert gate.wait(10)
+        if message.id == 13:
+            raise ValueError("unlucky")
+        return make(message.id, arrived=arrived)
+
+    made = Intake(prepare)
+    yield made
+    gate.set()
+    made.close()
+
+
+def taken(intake, count):
+    outcomes = []
+    while len(outcomes) < count:
+        assert select.select([intake.wake_fd], [], [], 10)[0]
+        outcomes += intake.take()
+    return outcomes
+
+
+def test_requests_come_out_in_their_order_with_what_was_made_of_them(intake, gate):
+    for number in (1, 13, 2):
+        intake.submit(submit(number), arrived=7.0)
+    assert intake.pending == 3
+    gate.set()
+    outcomes = taken(intake, 3)
+    assert [message.id for message, _ in outcomes] == [1, 13, 2]
+    assert outcomes[0][1].timeline.arrived == 7.0
+    assert isinstance(outcomes[1][1], ValueError)
+    assert intake.pending == 0
+
+
+def test_a_request_that_was_cancelled_meanwhile_does_not_come_out(intake, gate):
+    intake.submit(submit(1), 0.0)
+    intake.submit(submit(2), 0.0)
+    assert intake.cancel(1)
+    assert not intake.cancel(99)
+    gate.set()
+    assert [message.id for message, _ in taken(intake, 1)] == [2]
+
+
+def test_the_wake_up_is_over_once_all_is_taken(intake, gate):
+    gate.set()
+    intake.submit(submit(1), 0.0)
+    taken(intake, 1)
+    assert not select.select([intake.wake_fd], [], [], 0)[0]
