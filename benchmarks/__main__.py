@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import daemon, graph, idle, memory, push
+from benchmarks import daemon, graph, idle, memory, push, sampler
 from benchmarks.inputs import Inputs
 from benchmarks.machine import describe
 from benchmarks.report import Failure, Report, Row
@@ -16,6 +16,7 @@ from benchmarks.report import Failure, Report, Row
 BENCHMARKS: dict[str, Callable[[Inputs], list[Row]]] = {
     "int8": graph.int8,
     "int4": graph.int4,
+    "sampler": sampler.sampler_cost,
     "daemon": daemon.daemon_cost,
     "idle": idle.idle_agent,
     "push": push.push_rate,

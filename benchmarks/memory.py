@@ -11,6 +11,7 @@ from benchmarks.agent import AgentProcess, running_agent
 from benchmarks.inputs import BuiltEngine, Inputs
 from benchmarks.report import TIMES, Bound, Row
 from benchmarks.streams import read_streams
+from edgellm.client import Client, Constraint
 from edgellm.memory import MemoryPlan
 from edgellm_buildhost.recipe import PrecisionName
 
@@ -55,6 +56,7 @@ def _measure(inputs: Inputs, engine: BuiltEngine, load: Load) -> Row:
         with PeakWatch(agent) as watch:
             plan = client.activate(engine.variant.digest)
             loaded_bytes = watch.peak_bytes
+            _constrain(client)
             result = read_streams(agent.target, engine.prompts(load.streams, load.prompt_tokens), load.tokens)
     granted = plan.weights_bytes + plan.workspace_bytes + plan.kv_bytes
     return Row(
@@ -69,6 +71,14 @@ def _measure(inputs: Inputs, engine: BuiltEngine, load: Load) -> Row:
         settings=f"RssAnon + RssShmem at {1 / _SAMPLE_S:.0f} Hz; {sum(result.prompt_tokens)} prompt tokens, "
         f"{sum(result.completion_tokens)} generated",
     )
+
+
+def _constrain(client: Client) -> None:
+    """Has the worker load what constraints need; the plan counts it."""
+    digits = Constraint.regex("[0-9]{4}")
+    with client.generate("A year:", max_tokens=8, constraint=digits) as answer:
+        for _ in answer:
+            pass
 
 
 def _words(plan: MemoryPlan, granted: int) -> str:
