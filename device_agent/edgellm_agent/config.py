@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import pydantic
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -21,6 +21,37 @@ from edgellm.memory import PREFILL_TOKENS
 from edgellm_agent.telemetry.settings import MqttSettings
 
 DeviceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host, written without a port, is this machine's own."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _loopback_only(value: str) -> str:
+    host, _, port = value.rpartition(":")
+    if not is_loopback(host.strip("[]")) or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ValueError("must be a loopback address and a port, for example 127.0.0.1:7077")
+    return value
+
+
+LoopbackAddress = Annotated[str, AfterValidator(_loopback_only)]
+
+
+class HttpSettings(BaseModel):
+    """The OpenAI-compatible API."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    listen: LoopbackAddress = Field(description="loopback address, for example 127.0.0.1:8080")
+    api_key: SecretStr | None = Field(
+        default=None, min_length=1, description="what requests below /v1 must carry as a bearer token"
+    )
+    max_connections: int = Field(default=64, ge=1, le=1024)
+    timeout_s: float = Field(default=600, gt=0, le=86_400, description="longest that one answer may take")
 
 
 class AgentSettings(BaseSettings):
@@ -40,7 +71,7 @@ class AgentSettings(BaseSettings):
     )
     state_dir: Path = Field(default=Path("/var/lib/edgellm"), description="engines, registry, counters")
     socket: Path = Field(default=Path("/run/edgellm/agent.sock"), description="Unix socket of the gRPC API")
-    listen: str | None = Field(
+    listen: LoopbackAddress | None = Field(
         default=None, description="loopback address for the API too, for example 127.0.0.1:7077"
     )
     headroom_bytes: int | None = Field(
@@ -67,20 +98,7 @@ class AgentSettings(BaseSettings):
     )
     telemetry_interval_s: float = Field(default=1.0, ge=0.1, le=3600)
     mqtt: MqttSettings | None = None
-
-    @field_validator("listen")
-    @classmethod
-    def _loopback_only(cls, value: str | None) -> str | None:
-        if value is None:
-            return None
-        host, _, port = value.rpartition(":")
-        try:
-            loopback = host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
-        except ValueError:
-            loopback = False
-        if not loopback or not port.isdecimal() or not 0 < int(port) < 65536:
-            raise ValueError("must be a loopback address and a port, for example 127.0.0.1:7077")
-        return value
+    http: HttpSettings | None = None
 
     @classmethod
     def settings_customise_sources(

@@ -11,10 +11,11 @@ import platform
 import signal
 from collections.abc import AsyncIterator
 from importlib import metadata
+from typing import TYPE_CHECKING
 
 from edgellm.profiles import load_profile
 from edgellm.v1 import telemetry_pb2
-from edgellm_agent.config import AgentSettings
+from edgellm_agent.config import AgentSettings, HttpSettings
 from edgellm_agent.engine.supervisor import Serving
 from edgellm_agent.lifecycle import EngineManager, Policy
 from edgellm_agent.memory import MemoryPolicy
@@ -27,6 +28,9 @@ from edgellm_agent.store import Store
 from edgellm_agent.telemetry.detect import detect_source
 from edgellm_agent.telemetry.mqtt import MqttPublisher
 from edgellm_agent.telemetry.sampler import Sampler
+
+if TYPE_CHECKING:
+    from edgellm_agent.http.server import HttpServer
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +63,14 @@ async def running(settings: AgentSettings) -> AsyncIterator[EngineManager]:
         server = Server(
             InferenceServicer(manager), EngineServicer(manager), DeviceServicer(identity, manager, sampler)
         )
+        listening: list[Server | HttpServer] = []
+        stack.push_async_callback(_stop, listening, settings.drain_s)
         await server.start(settings.socket, settings.listen)
-        stack.push_async_callback(server.stop, settings.drain_s)
+        listening.append(server)
+        if settings.http is not None:
+            http = _http_server(settings.http, manager, sampler)
+            await http.start()
+            listening.append(http)
         # Closed before the server stops: calls that watch telemetry would otherwise use up its grace.
         sampler.start()
         stack.push_async_callback(sampler.close)
@@ -88,6 +98,19 @@ async def running(settings: AgentSettings) -> AsyncIterator[EngineManager]:
         starting.add_done_callback(_log_failure)
         stack.push_async_callback(_end, starting)
         yield manager
+
+
+def _http_server(settings: HttpSettings, manager: EngineManager, sampler: Sampler) -> HttpServer:
+    # An agent without it shall not pay for its libraries.
+    from edgellm_agent.http.app import Api  # noqa: PLC0415
+    from edgellm_agent.http.server import HttpServer  # noqa: PLC0415
+
+    return HttpServer(Api(manager, sampler, settings).app(), settings.listen, settings.max_connections)
+
+
+async def _stop(servers: list[Server | HttpServer], grace_s: float) -> None:
+    """All at once: they share the time that running requests get."""
+    await asyncio.gather(*(server.stop(grace_s) for server in servers))
 
 
 def _log_failure(task: asyncio.Task[None]) -> None:

@@ -1,0 +1,138 @@
+"""The routes: OpenAI's completions and models, health, metrics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from edgellm_agent.config import HttpSettings
+from edgellm_agent.engine.supervisor import SupervisedEngine
+from edgellm_agent.errors import AgentError, UnavailableError
+from edgellm_agent.http.answers import ChatFormat, Format, Head, Json, TextFormat
+from edgellm_agent.http.errors import ApiError, to_api_error
+from edgellm_agent.http.guard import Bodies, Guard
+from edgellm_agent.http.schema import ChatRequest, Common, CompletionRequest, parse
+from edgellm_agent.http.streaming import Answer, StreamedAnswer, WholeAnswer
+from edgellm_agent.http.translate import Translated, translate_chat, translate_completion
+from edgellm_agent.lifecycle import EngineManager
+from edgellm_agent.telemetry import prometheus
+from edgellm_agent.telemetry.sampler import Sampler
+
+
+class Api:
+    """What the routes do. It talks to the engine as the gRPC services do, through the manager."""
+
+    def __init__(self, manager: EngineManager, sampler: Sampler, settings: HttpSettings) -> None:
+        self._manager = manager
+        self._sampler = sampler
+        self._settings = settings
+        self._bodies = Bodies()
+
+    def app(self) -> ASGIApp:
+        """The ASGI application, guarded."""
+        routes = [
+            Route("/v1/chat/completions", self._chat, methods=["POST"]),
+            Route("/v1/completions", self._complete, methods=["POST"]),
+            Route("/v1/models", self._models),
+            Route("/v1/models/{model:path}", self._model),
+            Route("/healthz", self._health),
+            Route("/metrics", self._metrics),
+        ]
+        app = Starlette(routes=routes, exception_handlers=HANDLERS)
+        app.router.redirect_slashes = False
+        key = self._settings.api_key
+        return Guard(app, None if key is None else key.get_secret_value())
+
+    async def _chat(self, request: Request) -> Response | Answer:
+        call = parse(ChatRequest, await self._bodies.read(request))
+        engine = self._engine(call.model)
+        head = Head.new("chatcmpl", engine.spec.config.name, engine.spec.digest)
+        return self._answer(request, call, engine, translate_chat(call), ChatFormat(head))
+
+    async def _complete(self, request: Request) -> Response | Answer:
+        call = parse(CompletionRequest, await self._bodies.read(request))
+        engine = self._engine(call.model)
+        head = Head.new("cmpl", engine.spec.config.name, engine.spec.digest)
+        return self._answer(request, call, engine, translate_completion(call), TextFormat(head))
+
+    def _answer(
+        self,
+        request: Request,
+        call: Common,
+        engine: SupervisedEngine,
+        translated: Translated,
+        form: Format,
+    ) -> Answer:
+        client = f"http:{call.user or (request.client.host if request.client else '')}"
+        deadline_s = self._settings.timeout_s
+        stream = engine.submit(translated.request, deadline_s, client)
+        logprobs = translated.request.HasField("top_logprobs")
+        if not call.stream:
+            return WholeAnswer(stream, form, translated.params, deadline_s, logprobs)
+        include_usage = call.stream_options is not None and call.stream_options.include_usage
+        return StreamedAnswer(stream, form, translated.params, deadline_s, logprobs, include_usage)
+
+    def _engine(self, model: str) -> SupervisedEngine:
+        """The engine for a request; the manager's one refusal is three different ones here."""
+        running = self._manager.running
+        if running is None and self._manager.active_digest() is not None:
+            raise UnavailableError("the active engine is not loaded yet; if that lasts, see the agent's log")
+        if running is not None and model not in ("", running.spec.config.name, running.spec.digest):
+            raise _no_model(model, running.spec.config.name)
+        return self._manager.engine_for(model)
+
+    async def _models(self, request: Request) -> Response:  # noqa: ARG002
+        running = self._manager.running
+        models = [] if running is None else [self._describe(running)]
+        return JSONResponse({"object": "list", "data": models})
+
+    async def _model(self, request: Request) -> Response:
+        return JSONResponse(self._describe(self._engine(request.path_params["model"])))
+
+    def _describe(self, engine: SupervisedEngine) -> Json:
+        stored = self._manager.find(engine.spec.digest)
+        return {
+            "id": stored.config.name,
+            "object": "model",
+            "created": int(stored.added_at),
+            "owned_by": "edgellm",
+        }
+
+    async def _health(self, request: Request) -> Response:  # noqa: ARG002
+        running = self._manager.running
+        state = "none" if running is None else running.state
+        return JSONResponse({"state": state}, 200 if state == "serving" else 503)
+
+    async def _metrics(self, request: Request) -> Response:
+        body, media_type = prometheus.render(self._sampler.latest, request.headers.get("accept", ""))
+        return Response(body, headers={"content-type": media_type})
+
+
+def _no_model(model: str, active: str) -> ApiError:
+    message = f"the active engine is {active}, not {model}"
+    return ApiError(404, message, param="model", code="model_not_found")
+
+
+async def _refuse(request: Request, error: Exception) -> Response:  # noqa: ARG001
+    return to_api_error(error).response()
+
+
+async def _leave(request: Request, error: Exception) -> Response:  # noqa: ARG001
+    """The client went away with its request half sent: nobody reads this."""
+    return Response(status_code=400)
+
+
+HANDLERS: dict[Any, Any] = {
+    ApiError: _refuse,
+    AgentError: _refuse,
+    # Starlette's own: no such path, no such method.
+    HTTPException: _refuse,
+    ClientDisconnect: _leave,
+    Exception: _refuse,
+}
