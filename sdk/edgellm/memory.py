@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -16,6 +17,7 @@ PREFILL_TOKENS = 128
 WORKER_BYTES = 64 << 20
 # Rows of logits that a step may ask for beyond one for each sequence: newest tokens, and guesses behind them.
 VERIFIED_TOKENS = 32
+_PAGE_BYTES = 4096
 _SCORE_BYTES = 4
 _LOGIT_BYTES = 4
 # What llguidance keeps of a vocabulary once a constraint comes: 211 bytes a token of SmolLM2. Measured.
@@ -96,10 +98,12 @@ def plan_memory(
         + workspace_bytes(config, step_tokens=step_tokens, context_tokens=0, max_sequences=max_sequences)
     )
     token_bytes = config.kv_bytes_per_token + config.model.heads * step_tokens * _SCORE_BYTES
-    context = min(longest, (available_bytes - fixed_bytes) // token_bytes)
+    page = _tokens_per_page(config)
+    fitting = max(0, available_bytes - fixed_bytes) // token_bytes // page * page
+    context = min(longest, fitting)
     minimal = min(longest, MINIMAL_CONTEXT_TOKENS)
     if context < minimal:
-        needed_bytes = fixed_bytes + minimal * token_bytes
+        needed_bytes = fixed_bytes + -(-minimal // page) * page * token_bytes
         raise DoesNotFitError(
             f"engine {config.name} needs {needed_bytes:,} bytes for one sequence of {minimal} tokens; "
             f"{available_bytes:,} bytes are available",
@@ -116,11 +120,16 @@ def plan_memory(
         weights_bytes=config.footprint.weights_bytes,
         workspace_bytes=workspace,
         headroom_bytes=headroom_bytes,
-        kv_bytes=min(left_bytes, context * max_sequences * config.kv_bytes_per_token),
+        kv_bytes=min(left_bytes, -(-context // page) * page * max_sequences * config.kv_bytes_per_token),
         kv_bytes_per_token=config.kv_bytes_per_token,
         context_tokens=context,
         max_sequences=max_sequences,
     )
+
+
+def _tokens_per_page(config: EngineConfig) -> int:
+    """Tokens that fill whole pages of the KV cache, which takes memory in pages, for each head apart."""
+    return _PAGE_BYTES // math.gcd(_PAGE_BYTES, config.model.head_dim * config.kv_item_bytes)
 
 
 def mem_available_bytes(root: Path = Path("/")) -> int:

@@ -49,7 +49,7 @@ async def test_when_others_need_memory_cached_prefixes_are_given_back_for_real(e
     await until(lambda: engine.runtime().kv_cached_bytes > 30 << 20, "no prefix was kept")
     cached, before = engine.runtime().kv_cached_bytes, engine.runtime().worker_rss_bytes
     said[0] = NOTHING
-    await until(lambda: engine.runtime().kv_cached_bytes < 8 << 20, "nothing was given back")
+    await until(lambda: engine.runtime().kv_cached_bytes < 13 << 20, "nothing was given back")
     freed = before - engine.runtime().worker_rss_bytes
     assert freed > 0.8 * (cached - engine.runtime().kv_cached_bytes)
     said[0] = PLENTY

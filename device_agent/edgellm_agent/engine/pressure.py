@@ -34,8 +34,8 @@ def read_pressure(root: Path = Path("/")) -> Reading:
 class PressureGuard:
     """Moves the bound of the KV cache between what was granted and a floor.
 
-    Half of the headroom is a reserve: when others have eaten into it, or stall for want of memory, the cache
-    gives back what is missing from the whole; it takes it again when more than the whole is free.
+    Half of the headroom is a reserve: when others have eaten into it, or into the other half and stall for
+    want of memory, the cache gives back what is missing; it takes it again when more than the whole is free.
 
     Args:
         granted_bytes: The bound at activation.
@@ -58,10 +58,14 @@ class PressureGuard:
     def update(self, used_bytes: int) -> int:
         """The bound from now on, given what the cache holds."""
         now, step = self.read(), self.granted_bytes // _STEP
-        if now.available_bytes < self.headroom_bytes // 2 or now.stalled_percent >= _STALLED_PERCENT:
-            missing = max(self.headroom_bytes - now.available_bytes, step)
-            self.bound_bytes = max(self.floor_bytes, min(self.bound_bytes, used_bytes) - missing)
-        elif now.available_bytes > self.headroom_bytes and now.stalled_percent < _CALM_PERCENT:
-            free = min(step, (now.available_bytes - self.headroom_bytes) // 2)
-            self.bound_bytes = min(self.granted_bytes, self.bound_bytes + free)
+        missing = self.headroom_bytes - now.available_bytes
+        pressed = missing > self.headroom_bytes // 2 or (
+            now.stalled_percent >= _STALLED_PERCENT and missing > 0
+        )
+        if pressed:
+            # No further down than to what is held less what is missing: more would free nothing.
+            held_bytes = max(0, used_bytes - max(missing, step))
+            self.bound_bytes = min(self.bound_bytes, max(self.floor_bytes, held_bytes))
+        elif missing < 0 and now.stalled_percent < _CALM_PERCENT:
+            self.bound_bytes = min(self.granted_bytes, self.bound_bytes + min(step, -missing // 2))
         return self.bound_bytes

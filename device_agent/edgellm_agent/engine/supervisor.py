@@ -10,7 +10,7 @@ from pathlib import Path
 
 from edgellm.bundle.config import EngineConfig
 from edgellm.errors import DoesNotFitError
-from edgellm.memory import MINIMAL_CONTEXT_TOKENS, PREFILL_TOKENS, MemoryPlan
+from edgellm.memory import PREFILL_TOKENS, MemoryPlan
 from edgellm.v1 import inference_pb2, telemetry_pb2, worker_pb2
 from edgellm_agent.engine.base import TokenStream
 from edgellm_agent.engine.pressure import PressureGuard, Reading, read_pressure
@@ -23,6 +23,8 @@ _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 30.0
 # A worker that has lived so long starts with the first pause again.
 _HEALTHY_S = 60.0
+# A KV cache for fewer tokens would refuse nearly everything.
+_FLOOR_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -231,6 +233,9 @@ class SupervisedEngine:
                     self._worker = await self._start_worker()
                 except (AgentError, DoesNotFitError) as error:
                     log.error("engine %s does not start: %s", self.spec.config.name, error)
+                except Exception:
+                    # Whatever it is (no memory for a process, say), the next try may find it gone.
+                    log.exception("engine %s does not start", self.spec.config.name)
             if self.state == "restarting":
                 self._set_state("serving")
 
@@ -244,24 +249,27 @@ class SupervisedEngine:
             if worker is None:
                 self._rates = Rates()
                 continue
+            before = self._last
             try:
                 stats = await worker.stats()
-            except AgentError as error:
+                self._relieve(worker, stats)
+            except (AgentError, OSError) as error:
                 log.warning("engine %s: %s", self.spec.config.name, error)
                 continue
-            before, self._last, seconds = self._last, stats, loop.time() - asked
+            if worker is not self._worker:
+                continue
+            self._last, seconds = stats, loop.time() - asked
             asked = loop.time()
             self.totals.add(before, stats)
             self._rates = Rates(
                 (stats.prefill_tokens_total - before.prefill_tokens_total) / seconds,
                 (stats.generated_tokens_total - before.generated_tokens_total) / seconds,
             )
-            self._relieve(worker, stats)
 
     def _pressure_guard(self, plan: MemoryPlan) -> PressureGuard:
         return PressureGuard(
             granted_bytes=plan.kv_bytes,
-            floor_bytes=min(plan.kv_bytes, MINIMAL_CONTEXT_TOKENS * plan.kv_bytes_per_token),
+            floor_bytes=min(plan.kv_bytes, _FLOOR_TOKENS * plan.kv_bytes_per_token),
             headroom_bytes=plan.headroom_bytes,
             read=self.spec.read_pressure,
         )

@@ -17,6 +17,7 @@ log = logging.getLogger(__name__)
 
 # Tokens under way per stream: enough to hide the way there and back, little to lose when a client goes.
 _CREDIT_TOKENS = 64
+_SLACK_STREAMS = 16
 _CLOSE_S = 5.0
 _PLAIN_ERRORS: dict[worker_pb2.FailureKind.ValueType, Callable[[str], errors.AgentError]] = {
     worker_pb2.FAILURE_KIND_BUSY: errors.BusyError,
@@ -37,12 +38,13 @@ class WorkerProcess:
         process: asyncio.subprocess.Process,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
-        max_streams: int,
+        client_streams: int,
     ) -> None:
         self._process = process
         self._reader = reader
         self._writer = writer
-        self._max_streams = max_streams
+        # The worker refuses, and fairly; here is only what one client, and all of them, may have under way.
+        self._client_streams = client_streams
         self._streams: dict[int, _Stream] = {}
         self._next_id = 0
         self._stats_waiters: list[asyncio.Future[worker_pb2.Stats]] = []
@@ -59,7 +61,8 @@ class WorkerProcess:
         Raises TooLargeError or EngineError, and leaves no process behind.
         """
         ours, theirs = socket.socketpair()
-        with theirs:
+        with contextlib.ExitStack() as undo, theirs:
+            undo.callback(ours.close)
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
@@ -68,6 +71,7 @@ class WorkerProcess:
                 pass_fds=(theirs.fileno(),),
                 stdin=asyncio.subprocess.DEVNULL,
             )
+            undo.pop_all()
         reader, writer = await asyncio.open_unix_connection(sock=ours)
         worker = cls(process, reader, writer, load.plan.max_sequences + load.max_waiting)
         try:
@@ -90,7 +94,11 @@ class WorkerProcess:
         """Starts a request; raises UnavailableError or BusyError."""
         if self.dead.is_set():
             raise errors.UnavailableError("the engine has just stopped")
-        if len(self._streams) >= self._max_streams:
+        of_client = sum(stream.client == client for stream in self._streams.values())
+        if (
+            of_client >= self._client_streams
+            or len(self._streams) >= 2 * self._client_streams + _SLACK_STREAMS
+        ):
             raise errors.BusyError(f"{len(self._streams)} requests are running or waiting")
         self._next_id += 1
         submit = worker_pb2.Submit(
@@ -101,7 +109,7 @@ class WorkerProcess:
             client=client,
         )
         self._send(worker_pb2.ToWorker(submit=submit))
-        stream = self._streams[self._next_id] = _Stream(self, self._next_id)
+        stream = self._streams[self._next_id] = _Stream(self, self._next_id, client)
         return stream
 
     async def stats(self, timeout_s: float = 5.0) -> worker_pb2.Stats:
@@ -181,8 +189,8 @@ class WorkerProcess:
         self._reading = asyncio.create_task(self._read(), name=f"worker-{self.pid}")
 
     def _send(self, message: worker_pb2.ToWorker) -> None:
-        # What may wait here is bounded: requests by max_streams, credits by tokens sent, and one ping at a
-        # time.
+        # What may wait here is bounded: requests by what may be under way, credits by tokens sent, and one
+        # ping at a time.
         if not self._writer.is_closing():
             self._writer.write(ipc.encode(message))
 
@@ -192,6 +200,8 @@ class WorkerProcess:
                 self._take(await ipc.read_from_worker(self._reader))
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
+        except _WorkerFailedError as error:
+            self.death = str(error)
         except Exception:
             log.exception("worker %d sent what makes no sense, killed", self.pid)
         with contextlib.suppress(ProcessLookupError):
@@ -224,10 +234,14 @@ class WorkerProcess:
             case "drained":
                 self._drained.set()
             case "fatal":
-                self.death = message.fatal.message
-                log.error("worker %d: %s", self.pid, self.death)
+                log.error("worker %d: %s", self.pid, message.fatal.message)
+                raise _WorkerFailedError(message.fatal.message)
             case other:
                 raise ipc.FrameError(f"message {other} makes no sense here")
+
+
+class _WorkerFailedError(Exception):
+    """The worker's last word."""
 
 
 class _Stream:
@@ -236,7 +250,8 @@ class _Stream:
     A reader that falls behind gets what has come since in one piece; credit bounds how much that is.
     """
 
-    def __init__(self, worker: WorkerProcess, stream_id: int) -> None:
+    def __init__(self, worker: WorkerProcess, stream_id: int, client: str) -> None:
+        self.client = client
         self._worker = worker
         self._id = stream_id
         self._pending: worker_pb2.Delta | None = None

@@ -67,8 +67,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
 
 def _client(context: status.Context) -> str:
-    """Whose call this is: what the client calls itself, or its address; a Unix socket has none."""
+    """Whose call this is: what the client calls itself, or its address, which a Unix socket has not."""
     for key, value in context.invocation_metadata() or ():
         if key == "edgellm-client":
             return str(value)[:_LONGEST_NAME]
-    return str(context.peer())
+    # Without the port: a client that calls again is the same one.
+    return str(context.peer()).rpartition(":")[0]

@@ -61,14 +61,17 @@ class EngineLoop:
         for submit, outcome in self._engine.intake.take():
             self._enter(submit, outcome)
         self._end_overdue()
+        preempted = self._scheduler.preemptions_total
         work = self._scheduler.schedule()
         for batch in work:
             self._step(batch)
-        self._busy = bool(work)
+        # What was preempted just now may find its place in the next turn.
+        self._busy = bool(work) or self._scheduler.preemptions_total > preempted
         self._tell_if_drained()
 
     def _idle_s(self) -> float | None:
-        deadline = self._scheduler.next_deadline()
+        known = (self._scheduler.next_deadline(), self._engine.intake.next_deadline())
+        deadline = min((d for d in known if d is not None), default=None)
         return None if deadline is None else max(0.0, deadline - self._clock())
 
     def _handle(self, message: worker_pb2.ToWorker) -> None:
@@ -136,16 +139,18 @@ class EngineLoop:
                 self._send_failure(refused.id, worker_pb2.FAILURE_KIND_BUSY, "too many requests are waiting")
 
     def _end_overdue(self) -> None:
+        late = "the request's deadline has passed"
+        for request_id in self._engine.intake.expired(self._clock()):
+            self._engine.intake.cancel(request_id)
+            self._send_failure(request_id, worker_pb2.FAILURE_KIND_DEADLINE, late)
         for sequence in self._scheduler.expired(self._clock()):
-            self._fail(sequence, worker_pb2.FAILURE_KIND_DEADLINE, "the request's deadline has passed")
+            self._fail(sequence, worker_pb2.FAILURE_KIND_DEADLINE, late)
         for sequence in self._scheduler.hopeless():
-            pool = self._engine.stepper.pool
+            # Not for good: the bound grows again, so it is worth another try.
             self._fail(
                 sequence,
-                worker_pb2.FAILURE_KIND_TOO_LARGE,
-                "the device is short of memory, and the KV cache has shrunk",
-                needed_bytes=pool.bytes_for(len(sequence.tokens) + 1),
-                available_bytes=pool.bound_bytes,
+                worker_pb2.FAILURE_KIND_BUSY,
+                "the device is short of memory, and its KV cache has shrunk",
             )
 
     def _step(self, batch: Batch) -> None:
@@ -169,11 +174,9 @@ class EngineLoop:
             self._scheduler.remove(sequence)
             self._send_ended(worker_pb2.Ended(id=sequence.id, failure=failure))
 
-    def _fail(
-        self, sequence: Sequence, kind: worker_pb2.FailureKind.ValueType, message: str, **details: int
-    ) -> None:
+    def _fail(self, sequence: Sequence, kind: worker_pb2.FailureKind.ValueType, message: str) -> None:
         self._scheduler.remove(sequence, keep=True)
-        self._send_failure(sequence.id, kind, message, **details)
+        self._send_failure(sequence.id, kind, message)
 
     def _send_failure(
         self, request_id: int, kind: worker_pb2.FailureKind.ValueType, message: str, **details: object

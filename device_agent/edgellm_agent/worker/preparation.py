@@ -11,7 +11,7 @@ from edgellm_agent.worker.requests import TooLongError, parse_request
 from edgellm_agent.worker.sampler import SamplerState
 from edgellm_agent.worker.sequence import Sequence, Timeline
 from edgellm_agent.worker.structured import Grammars
-from edgellm_agent.worker.text import TextModel
+from edgellm_agent.worker.text import PromptError, TextModel
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,13 @@ class Preparation:
         except TooLongError as error:
             self.check_fits(error.tokens)
             raise
+        if max(parsed.tokens) >= self.config.model.vocab_size:
+            field = submit.request.WhichOneof("input") or "input"
+            raise PromptError(field, "has a token of the tokenizer that the model does not know")
+        end_ids = parsed.end_ids
+        if parsed.constraint is not None:
+            # The end of a grammar is the end of the answer.
+            end_ids |= frozenset(self.config.tokens.eos_ids)
         matcher = None if parsed.constraint is None else self.grammars.compile(parsed.constraint)
         return Sequence(
             id=submit.id,
@@ -39,7 +46,7 @@ class Preparation:
             tokens=parsed.tokens,
             max_tokens=parsed.max_tokens,
             min_tokens=parsed.min_tokens,
-            end_ids=parsed.end_ids,
+            end_ids=end_ids,
             text=self.text.stream(parsed.stop),
             sampling=SamplerState(parsed.sampling, parsed.tokens, parsed.seed),
             matcher=matcher,

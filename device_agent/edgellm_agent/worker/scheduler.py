@@ -89,7 +89,7 @@ class Scheduler:
 
     def schedule(self) -> list[Batch]:
         """The next turn's steps; none if there is nothing to do, or every stream waits for its reader."""
-        self._fit_bound()
+        self._fit_limits()
         self._admit()
         prefill = [s for s in self._running.values() if s.in_prefill]
         decode = [s for s in self._running.values() if not s.in_prefill and s.credit > 0]
@@ -165,33 +165,41 @@ class Scheduler:
                 return
 
     def _begin(self, sequence: Sequence) -> bool:
-        """Gives a waiting sequence its slot and memory; a client that has more than it must make way."""
-        while True:
-            if len(self._running) < self.limits.max_sequences:
-                spare = len(self._running) * _SPARE_TOKENS
-                cached = self._pool.attach(sequence.id, sequence.tokens, spare)
-                if cached is not None:
-                    break
-            victim = self._greedy(sequence.client)
-            if victim is None:
-                return False
+        """Gives a waiting sequence its place and memory; others make way if that is enough."""
+        victims = self._in_the_way(sequence)
+        if victims is None:
+            return False
+        for victim in victims:
             self._preempt(victim)
+        cached = self._pool.attach(sequence.id, sequence.tokens, self._spare_tokens())
+        if cached is None:
+            return False
         self._queue.remove(sequence)
         self._running[sequence.id] = sequence
         sequence.computed = cached
         sequence.account.cached += max(0, min(cached, sequence.prompt_tokens) - sequence.computed_before)
-        self._pool.advance(sequence.id, cached)
         return True
 
-    def _greedy(self, client: str) -> Sequence | None:
-        """The youngest sequence of the client that runs most, if that is two more than `client` runs."""
-        counts: dict[str, int] = {}
-        for s in self._running.values():
-            counts[s.client] = counts.get(s.client, 0) + 1
-        greediest = max(counts, key=lambda c: counts[c], default=client)
-        if counts.get(greediest, 0) < counts.get(client, 0) + 2:
-            return None
-        return _youngest(s for s in self._running.values() if s.client == greediest)
+    def _in_the_way(self, sequence: Sequence) -> list[Sequence] | None:
+        """The fewest that must make way; None if all that may are not enough."""
+        victims: list[Sequence] = []
+        while not self._fits(sequence, victims):
+            left = [s for s in self._running.values() if s not in victims]
+            stalled = [s for s in left if s.credit <= 0]
+            victim = _youngest(stalled) if stalled else _of_greediest(left, sequence.client)
+            if victim is None:
+                return None
+            victims.append(victim)
+        return victims
+
+    def _fits(self, sequence: Sequence, without: list[Sequence]) -> bool:
+        return len(self._running) - len(without) < self.limits.max_sequences and self._pool.could_attach(
+            len(sequence.tokens), self._spare_tokens(len(without)), (s.id for s in without)
+        )
+
+    def _spare_tokens(self, fewer: int = 0) -> int:
+        """What those that run must still be able to grow by."""
+        return (len(self._running) - fewer) * _SPARE_TOKENS
 
     def _prefill(self, sequences: list[Sequence], *, others_wait: bool) -> Batch:
         tokens = self._budget.tokens(others_wait=others_wait)
@@ -255,8 +263,8 @@ class Scheduler:
         while sequence.id in self._running and not self._pool.grow(sequence.id, len(sequence.tokens)):
             self._preempt(self._least_missed())
 
-    def _fit_bound(self) -> None:
-        while self._pool.over_bytes and self._running:
+    def _fit_limits(self) -> None:
+        while self._running and (self._pool.over_bytes or len(self._running) > self.limits.max_sequences):
             self._preempt(self._least_missed())
 
     def _least_missed(self) -> Sequence:
@@ -275,3 +283,12 @@ class Scheduler:
 
 def _youngest(sequences: Iterable[Sequence]) -> Sequence:
     return max(sequences, key=lambda s: (s.timeline.arrived, s.id))
+
+
+def _of_greediest(sequences: Iterable[Sequence], client: str) -> Sequence | None:
+    """The youngest of the client that has most, if that is at least two more than `client` has."""
+    by_client: dict[str, list[Sequence]] = {}
+    for s in sequences:
+        by_client.setdefault(s.client, []).append(s)
+    most = max(by_client.values(), key=len, default=[])
+    return _youngest(most) if len(most) >= len(by_client.get(client, [])) + 2 else None

@@ -92,13 +92,17 @@ class StepTimes:
         known = self._seconds.get((rows, width))
         self._seconds[rows, width] = seconds if known is None else known + _WEIGHT * (seconds - known)
 
+    def pays(self, rows: int, width: int, tokens: float) -> bool:
+        """Whether a step of this width that brought so many tokens beat plain ones, as far as is known."""
+        plain, wide = self._seconds.get((rows, 1)), self._seconds.get((rows, width))
+        return plain is None or wide is None or tokens * plain > rows * wide * _MARGIN
+
     def worth(self, rows: int, width: int, tokens: float) -> bool:
-        """Whether a step of this width that brings so many tokens beats plain ones; unknown ones are tried.
+        """Whether to try a step of this width for so many tokens; unknown ones are tried.
 
         A refusal makes the next one a little less likely, so that a shape that was slow once is tried again.
         """
-        plain, wide = self._seconds.get((rows, 1)), self._seconds.get((rows, width))
-        if plain is None or wide is None or tokens * plain > rows * wide * _MARGIN:
+        if self.pays(rows, width, tokens):
             return True
-        self._seconds[rows, width] = wide * _FORGETTING
+        self._seconds[rows, width] *= _FORGETTING
         return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from edgellm_agent.worker.sequence import Sequence
 from edgellm_agent.worker.speculation import StepTimes
 from edgellm_agent.worker.structured import GrammarError
 from edgellm_agent.worker.text import TokenTable
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -132,8 +135,8 @@ class Stepper:
         before = sequence.generated
         try:
             reason = answer.append(sequence, choice, outcome.delta(sequence.id), self.table)
-        except GrammarError as error:
-            _fail(outcome, sequence, worker_pb2.FAILURE_KIND_INVALID, str(error), field="constraint")
+        except Exception as error:  # noqa: BLE001 - it must end this answer and no other
+            _fail_with(outcome, sequence, error)
             return False
         self.totals.generated += sequence.generated - before
         if reason:
@@ -151,7 +154,7 @@ class Stepper:
         if not any(w.drafts for w in batch):
             return
         tokens = sum(w.sequence.computed - w.until + 1 for w in batch)
-        paid = self.times.worth(len(batch), max(w.width for w in batch), tokens)
+        paid = self.times.pays(len(batch), max(w.width for w in batch), tokens)
         for w in batch:
             if w.drafts:
                 drafted, accepted = len(w.drafts), w.sequence.computed - w.until
@@ -164,9 +167,17 @@ def _draw(sequence: Sequence, outcome: Outcome) -> Draw | None:
     """What the sampler must know of a sequence; None if its grammar cannot go on."""
     try:
         return answer.draw(sequence)
-    except GrammarError as error:
-        _fail(outcome, sequence, worker_pb2.FAILURE_KIND_INVALID, str(error), field="constraint")
+    except Exception as error:  # noqa: BLE001 - it must end this answer and no other
+        _fail_with(outcome, sequence, error)
         return None
+
+
+def _fail_with(outcome: Outcome, sequence: Sequence, error: Exception) -> None:
+    if isinstance(error, GrammarError):
+        _fail(outcome, sequence, worker_pb2.FAILURE_KIND_INVALID, str(error), field="constraint")
+    else:
+        log.exception("request %d cannot go on", sequence.id, exc_info=error)
+        _fail(outcome, sequence, worker_pb2.FAILURE_KIND_INTERNAL, f"the answer cannot go on: {error}")
 
 
 def _fail(

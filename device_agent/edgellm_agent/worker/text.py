@@ -139,7 +139,7 @@ class TextStream:
 
     def push(self, token: int, *, may_stop: bool = True) -> str:
         """Text that is now sure; sets `stopped` when a stop string was met and may end the answer."""
-        self._held += self._decoder.step(self._tokenizer, token) or ""
+        self._held += self._decoded(token)
         if not may_stop:
             return self.finish()
         met = [at for at in (self._held.find(s) for s in self._stop) if at >= 0]
@@ -150,6 +150,14 @@ class TextStream:
         keep = self._possible_stop()
         text, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return text
+
+    def _decoded(self, token: int) -> str:
+        try:
+            return self._decoder.step(self._tokenizer, token) or ""
+        except Exception:  # noqa: BLE001 - the library raises nothing more exact
+            # Bytes that make no character (byte-fallback tokenizers) confuse it for good: begin anew.
+            self._decoder = DecodeStream(skip_special_tokens=True)
+            return self._decoder.step(self._tokenizer, token) or ""
 
     def finish(self) -> str:
         """What was held back, once no more tokens come."""

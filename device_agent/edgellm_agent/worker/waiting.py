@@ -13,6 +13,8 @@ from edgellm_agent.worker.sequence import Sequence
 # A generated token takes a step of its own; a prompt's come many to a step.
 _PROMPT_WEIGHT = 1.0
 _ANSWER_WEIGHT = 4.0
+# Clients whose debts are remembered while they are away.
+_REMEMBERED = 256
 
 
 class WaitingQueue:
@@ -52,9 +54,10 @@ class WaitingQueue:
         self._queues.setdefault(sequence.client, []).insert(0, sequence)
 
     def next(self) -> Sequence | None:
-        """The first of the client that was served least."""
-        client = min(self._queues, key=lambda c: self._served.get(c, 0.0), default=None)
-        return None if client is None else self._queues[client][0]
+        """The first of the client that was served least; one whose reader takes nothing does not count."""
+        ready = {c: s for c, q in self._queues.items() if (s := next((s for s in q if s.credit > 0), None))}
+        client = min(ready, key=lambda c: self._served.get(c, 0.0), default=None)
+        return None if client is None else ready[client]
 
     def remove(self, sequence: Sequence) -> None:
         """Takes one out, wherever it stands."""
@@ -77,10 +80,15 @@ class WaitingQueue:
         return sum(len(queue) for queue in self._queues.values())
 
     def _lift(self, client: str, active: set[str]) -> None:
-        """A client that comes back begins level with the least served of those that are here."""
+        """A client that comes back begins where it was, or level with the least served of those here."""
         present = {*self._queues, *active}
         if client in present:
             return
-        # Names come from outside and must not pile up: who is gone is forgotten.
-        self._served = {c: self._served.get(c, 0.0) for c in present}
-        self._served[client] = min(self._served.values(), default=0.0)
+        least = min((self._served.get(c, 0.0) for c in present), default=0.0)
+        self._served[client] = max(self._served.get(client, 0.0), least)
+        # Names come from outside and must not pile up: who is gone and owes nothing is forgotten, then who
+        # owes least.
+        gone = sorted((s, c) for c, s in self._served.items() if c not in present and c != client)
+        for index, (served, name) in enumerate(gone):
+            if served <= least or index < len(gone) - _REMEMBERED:
+                del self._served[name]

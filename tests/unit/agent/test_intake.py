@@ -8,8 +8,8 @@ from edgellm_agent.worker.intake import Intake
 from tests.unit.agent.sequences import make
 
 
-def submit(number):
-    return worker_pb2.Submit(id=number)
+def submit(number, client="", deadline_s=0.0):
+    return worker_pb2.Submit(id=number, client=client, deadline_s=deadline_s)
 
 
 @pytest.fixture
@@ -66,3 +66,31 @@ def test_the_wake_up_is_over_once_all_is_taken(intake, gate):
     intake.submit(submit(1), 0.0)
     taken(intake, 1)
     assert not select.select([intake.wake_fd], [], [], 0)[0]
+
+
+def test_a_flood_of_cancelled_requests_leaves_nothing_to_do(intake, gate):
+    intake.submit(submit(1), 0.0)
+    for number in range(2, 2000):
+        intake.submit(submit(number), 0.0)
+        intake.cancel(number)
+    assert intake.pending == 1
+    assert sum(map(len, intake._turns.values())) <= 1
+    gate.set()
+    assert [message.id for message, _ in taken(intake, 1)] == [1]
+
+
+def test_clients_take_turns(intake, gate):
+    for number in range(6):
+        intake.submit(submit(number, client="greedy"), 0.0)
+    intake.submit(submit(6, client="modest"), 0.0)
+    gate.set()
+    order = [message.id for message, _ in taken(intake, 7)]
+    assert order.index(6) <= 2
+
+
+def test_deadlines_hold_while_a_request_is_prepared(intake):
+    intake.submit(submit(1, deadline_s=5), 10.0)
+    intake.submit(submit(2), 10.0)
+    assert intake.next_deadline() == 15.0
+    assert intake.expired(14.0) == []
+    assert intake.expired(15.0) == [1]

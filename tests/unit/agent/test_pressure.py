@@ -27,8 +27,16 @@ def test_what_others_have_taken_from_the_headroom_is_given_back_at_once():
     assert guard(Kernel(available=100 * MIB)).update(used_bytes=600 * MIB) == (600 - 412) * MIB
 
 
-def test_tasks_that_stall_for_memory_count_as_pressure_whatever_is_said_to_be_free():
-    assert guard(Kernel(available=2 * HEADROOM, stalled=50.0)).update(GRANTED) == GRANTED - GRANTED // 8
+def test_tasks_that_stall_for_memory_count_as_pressure_before_the_reserve_is_touched():
+    assert guard(Kernel(available=HEADROOM - MIB, stalled=50.0)).update(GRANTED) == GRANTED - GRANTED // 8
+
+
+def test_tasks_that_stall_for_another_reason_cost_nothing():
+    assert guard(Kernel(available=2 * HEADROOM, stalled=50.0)).update(GRANTED) == GRANTED
+
+
+def test_a_cache_that_holds_nothing_only_stops_growing():
+    assert guard(Kernel(available=0)).update(used_bytes=0) == FLOOR
 
 
 def test_between_reserve_and_headroom_nothing_moves():

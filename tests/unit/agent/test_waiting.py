@@ -39,6 +39,36 @@ def test_a_client_that_was_away_has_saved_nothing_up():
     assert queue.next().client == "a"
 
 
+def test_a_client_that_comes_back_still_owes_what_it_was_served():
+    queue = WaitingQueue(10)
+    first = make(1, client="a")
+    add(queue, first)
+    add(queue, make(2, client="b"))
+    queue.charge("a", answer_tokens=1000)
+    queue.remove(first)
+    add(queue, make(3, client="a"))
+    assert queue.next().client == "b"
+
+
+def test_a_sequence_whose_reader_takes_nothing_does_not_come_next():
+    queue = WaitingQueue(10)
+    stalled, ready = make(1, credit=0), make(2)
+    queue.put_back(ready)
+    queue.put_back(stalled)
+    assert queue.next() is ready
+
+
+@given(st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 50)), max_size=60))
+def test_the_names_of_clients_do_not_pile_up(visits):
+    queue = WaitingQueue(10)
+    for name, served in visits:
+        sequence = make(1, client=str(name))
+        add(queue, sequence)
+        queue.charge(str(name), answer_tokens=served)
+        queue.remove(sequence)
+    assert len(queue._served) <= 258
+
+
 def test_a_sequence_that_was_put_back_is_its_clients_next():
     queue = WaitingQueue(1)
     add(queue, make(1))

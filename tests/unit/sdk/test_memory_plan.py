@@ -19,6 +19,7 @@ from tests.support.tiny_bundle import make_config
 
 CONFIG = make_config()
 MIB = 1 << 20
+PAGE_TOKENS = 4096 // (CONFIG.model.head_dim * 4)
 
 # In kibibytes: over wider ranges Hypothesis prefers small numbers, and nearly all plans would be refused.
 available = st.integers(0, 48 << 10).map(lambda kib: kib << 10)
@@ -58,9 +59,11 @@ def test_a_plan_fits_and_holds_one_whole_sequence_or_is_refused_with_figures(
         assert fitting.context_tokens == min(context or MINIMAL_CONTEXT_TOKENS, MINIMAL_CONTEXT_TOKENS)
         assert isinstance(plan_or_refusal(plan.needed_bytes - 1, **asked), DoesNotFitError)
         return
-    usable_kv_bytes = plan.context_tokens * many * plan.kv_bytes_per_token
+    # Whole pages: a sequence of the whole context fits as the cache counts it.
+    longest_bytes = -(-plan.context_tokens // PAGE_TOKENS) * PAGE_TOKENS * plan.kv_bytes_per_token
+    usable_kv_bytes = longest_bytes * many
     assert used_bytes(plan) <= total
-    assert plan.context_tokens * plan.kv_bytes_per_token <= plan.kv_bytes <= usable_kv_bytes
+    assert longest_bytes <= plan.kv_bytes <= usable_kv_bytes
     assert used_bytes(plan) == total or plan.kv_bytes == usable_kv_bytes
     assert plan.context_tokens <= min(context or CONFIG.model.context_length, CONFIG.model.context_length)
     assert plan.workspace_bytes == workspace_bytes(
@@ -95,7 +98,7 @@ def test_plenty_of_memory_gives_what_was_asked_for_and_no_more():
         prefill_tokens=64,
     )
     assert (plan.context_tokens, plan.max_sequences) == (1000, 3)
-    assert plan.kv_bytes == 3 * 1000 * CONFIG.kv_bytes_per_token == 3 * 1000 * 2 * 2 * 2 * 16 * 4
+    assert plan.kv_bytes == 3 * 1024 * CONFIG.kv_bytes_per_token == 3 * 1024 * 2 * 2 * 2 * 16 * 4
     logits_bytes = VERIFIED_TOKENS * CONFIG.model.vocab_size * 4 + CONFIG.model.vocab_size * 224
     assert plan.workspace_bytes == WORKER_BYTES + MIB + 64 * 1024 + 4 * 64 * 1000 * 4 + logits_bytes
 

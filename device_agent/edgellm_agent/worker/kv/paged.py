@@ -31,10 +31,12 @@ _libc.mremap.restype = ctypes.c_void_p
 _libc.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
-_MAP_FIXED = 0x10
 _MAP_NORESERVE = 0x4000
 _MREMAP_MAYMOVE = 1
 _MREMAP_FIXED = 2
+_MREMAP_DONTUNMAP = 4
+# The old addresses stay ours: another thread could be given a hole that is left there. Linux 5.7, JetPack 5.
+_MOVE_PAGES = _MREMAP_MAYMOVE | _MREMAP_FIXED | _MREMAP_DONTUNMAP
 _MADV_DONTNEED = 4
 # Huge pages would make 41 tokens cost 128 MiB.
 _MADV_NOHUGEPAGE = 15
@@ -64,7 +66,7 @@ class PagedKvMemory:
         self._bases: list[int] = []
         try:
             for _ in range(2 * geometry.layers):
-                self._bases.append(_map(None, self._slots * self._stride))
+                self._bases.append(_map(self._slots * self._stride))
         except BaseException:
             self.close()
             raise
@@ -153,11 +155,9 @@ class PagedKvMemory:
         source = self._slot_of[handle]
         for base in self._bases:
             old, new = base + source * self._stride, base + target * self._stride
-            moved = _libc.mremap(old, self._stride, self._stride, _MREMAP_MAYMOVE | _MREMAP_FIXED, new)
+            moved = _libc.mremap(old, self._stride, self._stride, _MOVE_PAGES, new)
             if moved in (None, _MAP_FAILED):
                 raise OSError(ctypes.get_errno(), f"mremap: {os.strerror(ctypes.get_errno())}")
-            # The hole that it leaves must be ours again before anybody else maps something there.
-            _map(old, self._stride)
         self._slot_of[handle] = target
         self._free.discard(target)
         self._free.add(source)
@@ -172,9 +172,9 @@ class PagedKvMemory:
         return tuple(KvTensor(base, shape, self._stride) for base in bases)
 
 
-def _map(address: int | None, length: int) -> int:
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE | (_MAP_FIXED if address else 0)
-    got: int | None = _libc.mmap(address, length, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
+def _map(length: int) -> int:
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+    got: int | None = _libc.mmap(None, length, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
     if got is None or got == _MAP_FAILED:
         raise MemoryError(f"mmap of {length} bytes for the KV cache: {os.strerror(ctypes.get_errno())}")
     # A kernel without transparent huge pages refuses the advice, and needs none.

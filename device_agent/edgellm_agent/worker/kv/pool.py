@@ -55,7 +55,7 @@ class KvPool:
 
     def __init__(self, memory: KvMemory, bound_bytes: int) -> None:
         self._memory = memory
-        self._bound_bytes = bound_bytes
+        self._granted_bytes = self._bound_bytes = bound_bytes
         self._live: dict[int, _Entry] = {}
         self._cached: OrderedDict[int, _Entry] = OrderedDict()
         self._promised_bytes = 0
@@ -71,9 +71,9 @@ class KvPool:
         return self._memory.bytes_for(tokens)
 
     def check_fits(self, tokens: int) -> None:
-        """Raises TooLargeError for a sequence that would not fit even if it were alone."""
-        if self.bytes_for(tokens) > self._bound_bytes:
-            raise TooLargeError(self.bytes_for(tokens), self._bound_bytes)
+        """Raises TooLargeError for a sequence that would not fit even if it had all that was granted."""
+        if self.bytes_for(tokens) > self._granted_bytes:
+            raise TooLargeError(self.bytes_for(tokens), self._granted_bytes)
 
     def attach(self, sequence: int, tokens: Sequence[int], spare_tokens: int = 0) -> int | None:
         """Gives a sequence room for all its tokens; cached prefixes make way if need be.
@@ -83,7 +83,7 @@ class KvPool:
         """
         if sequence in self._live:
             raise ValueError(f"sequence {sequence} is attached already")
-        if not self._could_have(self.bytes_for(len(tokens)) + self.bytes_for(spare_tokens)):
+        if not self.could_attach(len(tokens), spare_tokens):
             return None
         donor, length = self._longest_prefix(tokens)
         entry = self._copied(donor, length, len(tokens)) or self._taken_over(donor, length, len(tokens))
@@ -93,6 +93,12 @@ class KvPool:
         self._live[sequence] = entry
         self._promised_bytes += self.bytes_for(entry.room)
         return length
+
+    def could_attach(self, tokens: int, spare_tokens: int = 0, without: Iterable[int] = ()) -> bool:
+        """Whether there would be room without these sequences and all cached prefixes."""
+        needed = self.bytes_for(tokens) + self.bytes_for(spare_tokens)
+        freed = sum(self.bytes_for(self._live[s].room) for s in without)
+        return self._promised_bytes - freed + needed <= self._bound_bytes
 
     def grow(self, sequence: int, tokens: int) -> bool:
         """Room for so many tokens; False if only other live sequences could make way."""
@@ -160,10 +166,6 @@ class KvPool:
     def _has(self, more_bytes: int) -> bool:
         return self._promised_bytes + self._cached_bytes + more_bytes <= self._bound_bytes
 
-    def _could_have(self, more_bytes: int) -> bool:
-        """Whether there is so much once all cached prefixes are gone."""
-        return self._promised_bytes + more_bytes <= self._bound_bytes
-
     def _longest_prefix(self, tokens: Sequence[int]) -> tuple[_Entry | None, int]:
         """The entry that shares most tokens from the start; cached ones first, since they can be taken."""
         best, length = None, MIN_PREFIX_TOKENS - 1
@@ -193,12 +195,13 @@ class KvPool:
         if donor is None or donor.handle not in self._cached:
             return None
         self._uncache(donor)
+        self._memory.trim(donor.handle, length)
+        donor.held = donor.room = length
         while not (self._has(self.bytes_for(room)) and self._memory.extend(donor.handle, length, room)):
             if not self._evict():
                 self._cached[donor.handle] = donor
-                self._cached_bytes += self.bytes_for(donor.held)
+                self._cached_bytes += self.bytes_for(length)
                 return None
-        self._memory.trim(donor.handle, length)
         donor.room = room
         return donor
 

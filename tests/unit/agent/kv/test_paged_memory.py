@@ -1,5 +1,7 @@
+import ctypes
 import mmap
 import re
+import threading
 from pathlib import Path
 
 import pytest
@@ -103,3 +105,29 @@ def test_address_space_that_the_kernel_refuses_is_a_memory_error():
     geometry = KvGeometry(layers=1, kv_heads=1, head_dim=64, item_bytes=4)
     with pytest.raises(MemoryError, match="KV cache"):
         PagedKvMemory(geometry, slots=1, context_tokens=1 << 45)
+
+
+def test_moving_leaves_no_hole_that_another_thread_could_be_given():
+    memory = PagedKvMemory(KvGeometry(layers=8, kv_heads=2, head_dim=64, item_bytes=4), 6, 512)
+    handles = [memory.allocate(16) for _ in range(6)]
+    bases = [(base, base + 7 * memory._stride) for base in memory._bases]
+    hits, stop = [], threading.Event()
+
+    def take_addresses():
+        while not stop.is_set():
+            with mmap.mmap(-1, 256 << 10) as taken:
+                view = ctypes.c_char.from_buffer(taken)
+                address = ctypes.addressof(view)
+                hits.extend(address for low, high in bases if low <= address < high)
+                del view
+
+    thread = threading.Thread(target=take_addresses)
+    thread.start()
+    try:
+        for i in range(300):
+            memory.arrange([handles[i % 6], handles[(i + 3) % 6]])
+    finally:
+        stop.set()
+        thread.join()
+        memory.close()
+    assert not hits
