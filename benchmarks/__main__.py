@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import daemon, graph, idle, memory, push, sampler
+from benchmarks import daemon, graph, idle, memory, push, sampler, serving, serving_alone
 from benchmarks.inputs import Inputs
 from benchmarks.machine import describe
-from benchmarks.report import Failure, Report, Row
+from benchmarks.report import Failure, Report, Row, Skipped
 
-BENCHMARKS: dict[str, Callable[[Inputs], list[Row]]] = {
+BENCHMARKS: dict[str, Callable[[Inputs], Sequence[Row | Skipped]]] = {
     "int8": graph.int8,
     "int4": graph.int4,
     "sampler": sampler.sampler_cost,
@@ -21,6 +22,11 @@ BENCHMARKS: dict[str, Callable[[Inputs], list[Row]]] = {
     "idle": idle.idle_agent,
     "push": push.push_rate,
     "memory": memory.worker_memory,
+    "serving-int8": serving.int8,
+    "serving-int4": serving.int4,
+    "lookup": serving_alone.prompt_lookup,
+    "interference": serving_alone.long_prompt,
+    "prefix": serving_alone.cached_prefix,
 }
 _ROUNDS = 7
 _QUICK_ROUNDS = 3
@@ -29,6 +35,8 @@ _QUICK_ROUNDS = 3
 def main() -> int:
     """Slow is a result, not a failure: the exit status is 1 only when something does not run."""
     options = _parse()
+    # So that the servers that were started are ended too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     machine = describe(options.model)
     inputs = Inputs(
         model=options.model,
@@ -37,7 +45,7 @@ def main() -> int:
         bandwidth_bytes_per_s=machine.bandwidth_bytes_per_s,
         rounds=_QUICK_ROUNDS if options.quick else _ROUNDS,
     )
-    rows: list[Row] = []
+    rows: list[Row | Skipped] = []
     failures: list[Failure] = []
     for name in options.only or BENCHMARKS:
         print(f"{name} ...", file=sys.stderr, flush=True)
@@ -46,7 +54,9 @@ def main() -> int:
         except Exception as error:  # noqa: BLE001 - the others still run
             traceback.print_exc()
             failures.append(Failure(name, f"{type(error).__name__}: {error}"))
-    report = Report(machine, rows, failures)
+    measured = [row for row in rows if isinstance(row, Row)]
+    skipped = [row for row in rows if isinstance(row, Skipped)]
+    report = Report(machine, measured, failures, skipped)
     print(report.to_markdown())
     if options.json is not None:
         options.json.write_text(report.to_json() + "\n", "utf-8")

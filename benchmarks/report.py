@@ -60,6 +60,15 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Skipped:
+    """A part of a benchmark that this machine cannot run, and why."""
+
+    benchmark: str
+    what: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Failure:
     """A benchmark that did not run."""
 
@@ -74,6 +83,7 @@ class Report:
     machine: Machine
     rows: Sequence[Row]
     failures: Sequence[Failure]
+    skipped: Sequence[Skipped] = ()
 
     def to_markdown(self) -> str:
         """The machine, and a table with a line for each row."""
@@ -87,6 +97,7 @@ class Report:
             figure = f"{row.figure:.2f} {row.unit}".strip()
             cells = [row.what, row.ours, row.peer, figure, row.floor or "", row.goal or "", row.verdict]
             lines.append(f"| {' | '.join(map(str, cells))} | `{row.benchmark}`: {row.settings} |")
+        lines += [f"\n`{part.benchmark}`: {part.what} was skipped: {part.reason}" for part in self.skipped]
         lines += [f"\n{failure.benchmark} did not run: {failure.error}" for failure in self.failures]
         return "\n".join(lines)
 
@@ -96,5 +107,6 @@ class Report:
             "machine": asdict(self.machine),
             "rows": [{**asdict(row), "verdict": row.verdict.strip("*")} for row in self.rows],
             "failures": [asdict(failure) for failure in self.failures],
+            "skipped": [asdict(part) for part in self.skipped],
         }
         return json.dumps(document, indent=2, ensure_ascii=False)

@@ -39,3 +39,33 @@ if ! .venv-bench/bin/python -c 'import llama_cpp' 2>/dev/null; then
     echo "compiling llama.cpp, about five minutes on two cores: $CMAKE_ARGS"
 fi
 pip --requirement requirements/bench.txt
+
+# llama.cpp's own server batches as requests come, which the Python one does not; no package on PyPI has it.
+# It is compiled from the same source, another ten minutes on two cores.
+build_llama_server() {
+    local folder source
+    folder=$(mktemp -d)
+    trap 'rm -rf "$folder"' RETURN
+    pip cmake ninja
+    (cd "$folder" && "$OLDPWD/.venv-bench/bin/python" -m pip download --quiet --no-deps --no-binary llama-cpp-python \
+        "llama-cpp-python==$1" && tar xzf llama_cpp_python-*.tar.gz)
+    source=$(echo "$folder"/llama_cpp_python-*/vendor/llama.cpp)
+    # shellcheck disable=SC2086  # several arguments
+    PATH="$PWD/.venv-bench/bin:$PATH" cmake -S "$source" -B "$folder/build" -G Ninja -DCMAKE_BUILD_TYPE=Release \
+        $CMAKE_ARGS -DBUILD_SHARED_LIBS=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF \
+        -DLLAMA_BUILD_APP=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_USE_PREBUILT_UI=OFF >/dev/null
+    PATH="$PWD/.venv-bench/bin:$PATH" cmake --build "$folder/build" --target llama-server >/dev/null
+    cp "$folder/build/bin/llama-server" .venv-bench/bin/
+}
+if [ ! -x .venv-bench/bin/llama-server ]; then
+    echo "compiling llama-server, about ten minutes on two cores"
+    build_llama_server "$(.venv-bench/bin/python -c 'import llama_cpp; print(llama_cpp.__version__)')" ||
+        echo "llama-server could not be compiled: its rows will be skipped" >&2
+fi
+
+# onnxruntime-genai builds its model once, and only for that needs torch: 0.2 GB for CPUs, many times that
+# otherwise. BENCH_TORCH says what pip gets for it, for example a wheel; without it, genai's rows are skipped.
+if [ -n "${BENCH_TORCH:-}" ]; then
+    # shellcheck disable=SC2086
+    pip $BENCH_TORCH transformers==5.18.0
+fi

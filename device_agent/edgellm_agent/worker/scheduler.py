@@ -227,8 +227,13 @@ class Scheduler:
         ]
 
     def _drafts(self, sequences: list[Sequence]) -> dict[int, tuple[int, ...]]:
-        """Guesses by sequence; none where the wider step would cost more than they may bring."""
+        """Guesses by sequence; none where the wider step would cost more than they may bring.
+
+        None while a prompt takes turns with these steps either: its first token waits for them.
+        """
         rows = len(sequences)
+        if any(s.in_prefill for s in self._running.values()):
+            return {s.id: () for s in sequences}
         drafts = {s.id: self._draft(s, rows=rows) for s in sequences}
         width = 1 + max(map(len, drafts.values()), default=0)
         expected = rows + sum(
