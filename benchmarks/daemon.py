@@ -20,7 +20,8 @@ _TOKENS = 192
 def daemon_cost(inputs: Inputs) -> list[Row]:
     """While all streams decode, and from the first request to the last token."""
     engine = inputs.engine(PrecisionName.INT4)
-    settings = {"context_tokens": 1024, "max_sequences": _STREAMS}
+    # The runner alone does not guess ahead either.
+    settings = {"context_tokens": 1024, "max_sequences": _STREAMS, "speculate": False}
     with running_agent(inputs.cache, settings) as agent:
         _push(agent, engine)
         alone = OurGraph(engine.files, engine.variant.config)

@@ -32,9 +32,9 @@ from edgellm_buildhost.recipe import PrecisionName
 
 # Clients, and the requests that they send together.
 _LOADS = ((1, 3), (4, 8), (8, 16))
-_LOADS_BOX_S = 150.0
+_LOADS_BOX_S = 420.0
 _CHAT_TURNS = 6
-_CHAT_BOX_S = 30.0
+_CHAT_BOX_S = 60.0
 
 
 def int8(inputs: Inputs) -> list[Row | Skipped]:

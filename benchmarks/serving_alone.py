@@ -74,7 +74,7 @@ def _lookup_row(inputs: Inputs, precision: PrecisionName) -> Row:
 
 
 def _quoting(text: str) -> Request:
-    asked = f"Summarise this text in its own words, sentence by sentence:\n\n{text}"
+    asked = f"Summarise this text in its own sentences, word for word:\n\n{text}"
     return Request((Message("user", asked),), _LOOKUP_ANSWER_TOKENS)
 
 

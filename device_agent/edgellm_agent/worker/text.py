@@ -4,7 +4,6 @@ string.
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -42,7 +41,9 @@ class TokenTable:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self._byte_level = "ByteLevel" in json.dumps(json.loads(tokenizer.to_str()).get("decoder"))
+        # Its state alone: the whole tokenizer as JSON objects would take 20 MB, and not all of it back.
+        decoder = tokenizer.decoder
+        self._byte_level = decoder is not None and b"ByteLevel" in bytes(decoder.__getstate__())
         self.special_ids = [i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special]
 
     def __len__(self) -> int:
@@ -62,8 +63,7 @@ class TokenTable:
 
         No bound is known where text may shrink before it is cut into tokens.
         """
-        model = json.loads(self.tokenizer.to_str())
-        if not self._byte_level or model.get("normalizer") is not None:
+        if not self._byte_level or self.tokenizer.normalizer is not None:
             return sys.maxsize
         return max(len(self[i]) for i in range(len(self)))
 
