@@ -63,7 +63,7 @@ def _lookup_row(inputs: Inputs, precision: PrecisionName) -> Row:
     ratios = [a / b for a, b in zip(turns.by_name["on"], turns.by_name["off"], strict=True)]
     return Row(
         benchmark="lookup",
-        what=f"{precision.value.upper()} summary that quotes its text: prompt lookup beside none",
+        what=f"{precision.value.upper()} answer that repeats its text: prompt lookup beside none",
         ours=f"{statistics.median(turns.by_name['on']):.0f} tok/s",
         peer=f"{statistics.median(turns.by_name['off']):.0f} tok/s (speculate = false)",
         figure=statistics.median(ratios),
@@ -74,7 +74,7 @@ def _lookup_row(inputs: Inputs, precision: PrecisionName) -> Row:
 
 
 def _quoting(text: str) -> Request:
-    asked = f"Summarise this text in its own sentences, word for word:\n\n{text}"
+    asked = f"Repeat this text word for word:\n\n{text}"
     return Request((Message("user", asked),), _LOOKUP_ANSWER_TOKENS)
 
 
