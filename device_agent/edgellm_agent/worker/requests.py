@@ -13,6 +13,7 @@ from typing import Protocol
 from edgellm.bundle.config import EngineConfig
 from edgellm.v1 import inference_pb2
 from edgellm_agent.worker.sampler import SamplingParams
+from edgellm_agent.worker.structured import MAX_TEXT_BYTES
 from edgellm_agent.worker.text import PromptError
 
 DEFAULT_MAX_TOKENS = 512
@@ -21,7 +22,6 @@ _MAX_STOP_BYTES = 256
 _MAX_STOP_TOKENS = 64
 _MAX_BIASES = 1024
 _MAX_TOP_LOGPROBS = 20
-_MAX_CONSTRAINT_BYTES = 64 * 1024
 _ROLES = ("system", "user", "assistant")
 
 
@@ -157,8 +157,8 @@ def check_constraint(request: inference_pb2.GenerateRequest) -> inference_pb2.Co
     if kind is None:
         raise PromptError("constraint", "set `json_schema`, `regex` or `lark`")
     size = len(getattr(request.constraint, kind).encode())
-    if not 0 < size <= _MAX_CONSTRAINT_BYTES:
-        raise PromptError(f"constraint.{kind}", f"must have 1 to {_MAX_CONSTRAINT_BYTES} bytes, not {size}")
+    if not 0 < size <= MAX_TEXT_BYTES:
+        raise PromptError(f"constraint.{kind}", f"must have 1 to {MAX_TEXT_BYTES} bytes, not {size}")
     return request.constraint
 
 

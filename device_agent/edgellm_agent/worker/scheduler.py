@@ -203,15 +203,11 @@ class Scheduler:
 
     def _prefill(self, sequences: list[Sequence], *, others_wait: bool) -> Batch:
         tokens = self._budget.tokens(others_wait=others_wait)
-        if len(sequences) == 1:
-            sequence = sequences[0]
-            return (Work(sequence, min(sequence.computed + tokens, len(sequence.tokens))),)
-        group = self._pool.arrange(s.id for s in sequences)[0]
-        return tuple(self._whole(self._running[i], tokens // len(group)) for i in group)
-
-    @staticmethod
-    def _whole(sequence: Sequence, tokens: int) -> Work:
-        return Work(sequence, min(sequence.computed + max(1, tokens), len(sequence.tokens)))
+        # One row may lie where it is.
+        group = [sequences[0].id] if len(sequences) == 1 else self._pool.arrange(s.id for s in sequences)[0]
+        rows = [self._running[i] for i in group]
+        share = max(1, tokens // len(rows))
+        return tuple(Work(s, min(s.computed + share, len(s.tokens))) for s in rows)
 
     def _decode(self, sequences: list[Sequence]) -> list[Batch]:
         drafts = self._drafts(sequences)
