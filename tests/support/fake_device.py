@@ -40,9 +40,10 @@ class FakeDevice:
     engines: dict[str, EngineManifest] = field(default_factory=dict)
     configs: dict[str, EngineConfig] = field(default_factory=dict)
     active: str = ""
-    # Failures by digest: how often a blob is refused as corrupt, after how many bytes a stream is cut once.
+    # Failures by digest: how often a blob is refused as corrupt, after how many bytes of it the link goes down.
     corrupt: dict[str, int] = field(default_factory=dict)
     cut_after_bytes: dict[str, int] = field(default_factory=dict)
+    link_down: bool = False
     wrong_offset_once: set[str] = field(default_factory=set)
     busy_for_s: float | None = None
     activation_fails: bool = False
@@ -63,6 +64,16 @@ def refuse(context: grpc.ServicerContext, code: int, text: str, *details: messag
         status.details.append(packed)
     context.abort_with_status(rpc_status.to_status(status))
     raise AssertionError("unreachable")
+
+
+def fail_if_cut(device: FakeDevice, context: grpc.ServicerContext) -> None:
+    """Ends a call as gRPC itself does when the link is down.
+
+    The link stays down until the test mends it: grpc.aio may report the cut as INTERNAL, if it met it while it
+    wrote, and the client then rightly tries again.
+    """
+    if device.link_down:
+        context.abort(grpc.StatusCode.UNAVAILABLE, "connection reset")
 
 
 class FakeDeviceService(device_pb2_grpc.DeviceServiceServicer):
@@ -107,6 +118,7 @@ class FakeEngineService(engines_pb2_grpc.EngineServiceServicer):
         self.device = device
 
     def Prepare(self, request, context):
+        fail_if_cut(self.device, context)
         manifest = EngineManifest.parse(request.manifest)
         config = manifest.parse_config(request.config)
         if config.target.profile != self.device.profile:
@@ -146,7 +158,8 @@ class FakeEngineService(engines_pb2_grpc.EngineServiceServicer):
             have.extend(part.chunk)
             if len(have) > self.device.cut_after_bytes.get(header.digest, len(have)):
                 del self.device.cut_after_bytes[header.digest]
-                context.abort(grpc.StatusCode.UNAVAILABLE, "connection reset")
+                self.device.link_down = True
+                fail_if_cut(self.device, context)
         if len(have) < header.size_bytes:
             refuse(context, code_pb2.ABORTED, "the stream ended early")
         del self.device.partial[header.digest]

@@ -104,6 +104,7 @@ async def test_a_cut_push_goes_on_where_it_was_cut(connect, target, bundle, devi
         with pytest.raises(DeviceUnreachableError):
             await client.push(bundle, bundle.variants[0].digest)
         have = len(device.partial[weights])
+        device.link_down = False
         result = await client.push(bundle, bundle.variants[0].digest)
     assert 0 < have < len(WEIGHTS)
     assert (weights, have) in device.uploads
