@@ -27,8 +27,8 @@ from rich.table import Table
 
 from edgellm.bundle import Bundle
 from edgellm.client import Client, Completion, Message
+from edgellm.fleet.topics import decode
 from edgellm.v1 import telemetry_pb2
-from edgellm_agent.telemetry.topics import decode
 
 DEVICE = "jetson-01"
 PROFILE = "orin-nano-8gb"

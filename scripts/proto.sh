@@ -10,7 +10,7 @@ PATH="$PWD/.venv-proto/bin:$PATH" .venv-proto/bin/python -m grpc_tools.protoc -I
     --python_out="$fresh" --grpc_python_out="$fresh" --mypy_out=quiet:"$fresh" --mypy_grpc_out=quiet:"$fresh" \
     proto/edgellm/v1/*.proto
 # Files without a service have nothing to serve.
-for name in telemetry worker; do rm "$fresh/edgellm/v1/${name}_pb2_grpc.py" "$fresh/edgellm/v1/${name}_pb2_grpc.pyi"; done
+for name in fleet telemetry worker; do rm "$fresh/edgellm/v1/${name}_pb2_grpc.py" "$fresh/edgellm/v1/${name}_pb2_grpc.pyi"; done
 echo '"""Messages and stubs generated from proto/edgellm/v1 by `make proto`."""' > "$fresh/edgellm/v1/__init__.py"
 
 if [ "${1:-}" = --check ]; then

@@ -18,7 +18,7 @@ from pydantic_settings import (
 
 from edgellm.errors import EdgellmError
 from edgellm.memory import PREFILL_TOKENS
-from edgellm_agent.telemetry.settings import MqttSettings
+from edgellm_agent.mqtt.settings import MqttSettings
 
 DeviceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 

@@ -19,6 +19,7 @@ from edgellm_agent.config import AgentSettings, HttpSettings
 from edgellm_agent.engine.supervisor import Serving
 from edgellm_agent.lifecycle import EngineManager, Policy
 from edgellm_agent.memory import MemoryPolicy
+from edgellm_agent.mqtt.publisher import MqttPublisher
 from edgellm_agent.registry import Registry
 from edgellm_agent.services.device import DeviceServicer, Identity
 from edgellm_agent.services.engines import EngineServicer
@@ -26,7 +27,6 @@ from edgellm_agent.services.inference import InferenceServicer
 from edgellm_agent.services.server import Server
 from edgellm_agent.store import Store
 from edgellm_agent.telemetry.detect import detect_source
-from edgellm_agent.telemetry.mqtt import MqttPublisher
 from edgellm_agent.telemetry.sampler import Sampler
 
 if TYPE_CHECKING:

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from edgellm.v1 import telemetry_pb2
-from edgellm_agent.telemetry.mqtt import MqttPublisher
+from edgellm.v1 import fleet_pb2, telemetry_pb2
+from edgellm_agent.mqtt.publisher import MqttPublisher
+from edgellm_agent.mqtt.settings import MqttSettings, MqttTlsSettings
 from edgellm_agent.telemetry.sampler import Sampler
-from edgellm_agent.telemetry.settings import MqttSettings, MqttTlsSettings
 from edgellm_agent.telemetry.sysfs import SysfsSource
 from tests.support import boards
 from tests.support.broker import Broker, Listener, Received, find_mosquitto, listening, running_broker
@@ -98,7 +98,7 @@ async def test_a_birth_is_retained_and_a_clean_stop_says_goodbye(broker: Broker,
     assert kept.payload == born.payload
     assert born.event.source == "edgellm/default/default/birth"
     assert born.event.type == "edgellm.state.v1"
-    state = telemetry_pb2.DeviceState(online=True, session=1, agent_version="0.1.0", profile="orin-nano-8gb")
+    state = fleet_pb2.DeviceState(online=True, session=1, agent_version="0.1.0", profile="orin-nano-8gb")
     assert born.event.state == state
     # Said by the device, not by the broker for it: it has a time, and the will is not sent.
     assert gone.event.HasField("time")
@@ -168,9 +168,9 @@ async def test_a_change_of_engine_is_told_at_once_and_only_then(broker: Broker, 
 AGENT = """
 import asyncio, sys
 from pathlib import Path
-from edgellm_agent.telemetry.mqtt import MqttPublisher
+from edgellm_agent.mqtt.publisher import MqttPublisher
 from edgellm_agent.telemetry.sampler import Sampler
-from edgellm_agent.telemetry.settings import MqttSettings
+from edgellm_agent.mqtt.settings import MqttSettings
 from edgellm_agent.telemetry.sysfs import SysfsSource
 
 async def main(settings, folder):

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 
-from edgellm.v1 import telemetry_pb2
-from edgellm_agent.telemetry.topics import decode
+from edgellm.fleet.topics import decode
+from edgellm.v1 import fleet_pb2
 from scripts.demo_broker import Broker, find_mosquitto, running_broker
 
 __all__ = ["Broker", "Listener", "Received", "find_mosquitto", "listening", "running_broker"]
@@ -33,7 +33,7 @@ class Received:
         return self.topic.rsplit("/", 1)[1]
 
     @property
-    def event(self) -> telemetry_pb2.Event:
+    def event(self) -> fleet_pb2.Event:
         return decode(self.payload)
 
 

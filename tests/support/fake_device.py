@@ -40,7 +40,7 @@ class FakeDevice:
     engines: dict[str, EngineManifest] = field(default_factory=dict)
     configs: dict[str, EngineConfig] = field(default_factory=dict)
     active: str = ""
-    # Failures by digest: how often a blob is refused as corrupt, after how many bytes of it the link goes down.
+    # Failures by digest: how often a blob is refused as corrupt, after how many bytes of it the link breaks.
     corrupt: dict[str, int] = field(default_factory=dict)
     cut_after_bytes: dict[str, int] = field(default_factory=dict)
     link_down: bool = False
@@ -69,8 +69,8 @@ def refuse(context: grpc.ServicerContext, code: int, text: str, *details: messag
 def fail_if_cut(device: FakeDevice, context: grpc.ServicerContext) -> None:
     """Ends a call as gRPC itself does when the link is down.
 
-    The link stays down until the test mends it: grpc.aio may report the cut as INTERNAL, if it met it while it
-    wrote, and the client then rightly tries again.
+    The link stays down until the test mends it: grpc.aio may report the cut as INTERNAL, if it met it while
+    it wrote, and the client then rightly tries again.
     """
     if device.link_down:
         context.abort(grpc.StatusCode.UNAVAILABLE, "connection reset")

@@ -13,31 +13,38 @@ _sym_db = _symbol_database.Default()
 
 
 from edgellm.v1 import telemetry_pb2 as edgellm_dot_v1_dot_telemetry__pb2
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x65\x64gellm/v1/device.proto\x12\nedgellm.v1\x1a\x1a\x65\x64gellm/v1/telemetry.proto\"\x10\n\x0eGetInfoRequest\"\xf3\x01\n\x0fGetInfoResponse\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x15\n\ragent_version\x18\x02 \x01(\t\x12\x0f\n\x07profile\x18\x03 \x01(\t\x12\x11\n\tsimulated\x18\x04 \x01(\x08\x12)\n\x08runtimes\x18\x05 \x03(\x0b\x32\x17.edgellm.v1.RuntimeInfo\x12\x1a\n\x12memory_total_bytes\x18\x06 \x01(\x04\x12\x1e\n\x16memory_available_bytes\x18\x07 \x01(\x04\x12\x17\n\x0f\x64isk_free_bytes\x18\x08 \x01(\x04\x12\x15\n\ractive_engine\x18\t \x01(\t\",\n\x0bRuntimeInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"&\n\x14GetMemoryPlanRequest\x12\x0e\n\x06\x63onfig\x18\x01 \x01(\x0c\"=\n\x15GetMemoryPlanResponse\x12$\n\x04plan\x18\x01 \x01(\x0b\x32\x16.edgellm.v1.MemoryPlan\"\xca\x01\n\nMemoryPlan\x12\x17\n\x0f\x61vailable_bytes\x18\x01 \x01(\x04\x12\x15\n\rweights_bytes\x18\x02 \x01(\x04\x12\x17\n\x0fworkspace_bytes\x18\x03 \x01(\x04\x12\x16\n\x0eheadroom_bytes\x18\x04 \x01(\x04\x12\x10\n\x08kv_bytes\x18\x05 \x01(\x04\x12\x1a\n\x12kv_bytes_per_token\x18\x06 \x01(\x04\x12\x16\n\x0e\x63ontext_tokens\x18\x07 \x01(\r\x12\x15\n\rmax_sequences\x18\x08 \x01(\r\"+\n\x15WatchTelemetryRequest\x12\x12\n\ninterval_s\x18\x01 \x01(\x01\"B\n\x16WatchTelemetryResponse\x12(\n\ttelemetry\x18\x01 \x01(\x0b\x32\x15.edgellm.v1.Telemetry2\x84\x02\n\rDeviceService\x12\x42\n\x07GetInfo\x12\x1a.edgellm.v1.GetInfoRequest\x1a\x1b.edgellm.v1.GetInfoResponse\x12T\n\rGetMemoryPlan\x12 .edgellm.v1.GetMemoryPlanRequest\x1a!.edgellm.v1.GetMemoryPlanResponse\x12Y\n\x0eWatchTelemetry\x12!.edgellm.v1.WatchTelemetryRequest\x1a\".edgellm.v1.WatchTelemetryResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x65\x64gellm/v1/device.proto\x12\nedgellm.v1\x1a\x1a\x65\x64gellm/v1/telemetry.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x10\n\x0eGetInfoRequest\"\xf3\x01\n\x0fGetInfoResponse\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x15\n\ragent_version\x18\x02 \x01(\t\x12\x0f\n\x07profile\x18\x03 \x01(\t\x12\x11\n\tsimulated\x18\x04 \x01(\x08\x12)\n\x08runtimes\x18\x05 \x03(\x0b\x32\x17.edgellm.v1.RuntimeInfo\x12\x1a\n\x12memory_total_bytes\x18\x06 \x01(\x04\x12\x1e\n\x16memory_available_bytes\x18\x07 \x01(\x04\x12\x17\n\x0f\x64isk_free_bytes\x18\x08 \x01(\x04\x12\x15\n\ractive_engine\x18\t \x01(\t\",\n\x0bRuntimeInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"&\n\x14GetMemoryPlanRequest\x12\x0e\n\x06\x63onfig\x18\x01 \x01(\x0c\"=\n\x15GetMemoryPlanResponse\x12$\n\x04plan\x18\x01 \x01(\x0b\x32\x16.edgellm.v1.MemoryPlan\"\xca\x01\n\nMemoryPlan\x12\x17\n\x0f\x61vailable_bytes\x18\x01 \x01(\x04\x12\x15\n\rweights_bytes\x18\x02 \x01(\x04\x12\x17\n\x0fworkspace_bytes\x18\x03 \x01(\x04\x12\x16\n\x0eheadroom_bytes\x18\x04 \x01(\x04\x12\x10\n\x08kv_bytes\x18\x05 \x01(\x04\x12\x1a\n\x12kv_bytes_per_token\x18\x06 \x01(\x04\x12\x16\n\x0e\x63ontext_tokens\x18\x07 \x01(\r\x12\x15\n\rmax_sequences\x18\x08 \x01(\r\"+\n\x15WatchTelemetryRequest\x12\x12\n\ninterval_s\x18\x01 \x01(\x01\"B\n\x16WatchTelemetryResponse\x12(\n\ttelemetry\x18\x01 \x01(\x0b\x32\x15.edgellm.v1.Telemetry\"@\n\x10WatchLogsRequest\x12\r\n\x05lines\x18\x01 \x01(\r\x12\x0e\n\x06\x66ollow\x18\x02 \x01(\x08\x12\r\n\x05level\x18\x03 \x01(\t\"6\n\x11WatchLogsResponse\x12!\n\x04line\x18\x01 \x01(\x0b\x32\x13.edgellm.v1.LogLine\"`\n\x07LogLine\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05level\x18\x02 \x01(\t\x12\x0e\n\x06logger\x18\x03 \x01(\t\x12\x0c\n\x04text\x18\x04 \x01(\t2\xd0\x02\n\rDeviceService\x12\x42\n\x07GetInfo\x12\x1a.edgellm.v1.GetInfoRequest\x1a\x1b.edgellm.v1.GetInfoResponse\x12T\n\rGetMemoryPlan\x12 .edgellm.v1.GetMemoryPlanRequest\x1a!.edgellm.v1.GetMemoryPlanResponse\x12Y\n\x0eWatchTelemetry\x12!.edgellm.v1.WatchTelemetryRequest\x1a\".edgellm.v1.WatchTelemetryResponse0\x01\x12J\n\tWatchLogs\x12\x1c.edgellm.v1.WatchLogsRequest\x1a\x1d.edgellm.v1.WatchLogsResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'edgellm.v1.device_pb2', _globals)
 if _descriptor._USE_C_DESCRIPTORS == False:
   DESCRIPTOR._options = None
-  _globals['_GETINFOREQUEST']._serialized_start=67
-  _globals['_GETINFOREQUEST']._serialized_end=83
-  _globals['_GETINFORESPONSE']._serialized_start=86
-  _globals['_GETINFORESPONSE']._serialized_end=329
-  _globals['_RUNTIMEINFO']._serialized_start=331
-  _globals['_RUNTIMEINFO']._serialized_end=375
-  _globals['_GETMEMORYPLANREQUEST']._serialized_start=377
-  _globals['_GETMEMORYPLANREQUEST']._serialized_end=415
-  _globals['_GETMEMORYPLANRESPONSE']._serialized_start=417
-  _globals['_GETMEMORYPLANRESPONSE']._serialized_end=478
-  _globals['_MEMORYPLAN']._serialized_start=481
-  _globals['_MEMORYPLAN']._serialized_end=683
-  _globals['_WATCHTELEMETRYREQUEST']._serialized_start=685
-  _globals['_WATCHTELEMETRYREQUEST']._serialized_end=728
-  _globals['_WATCHTELEMETRYRESPONSE']._serialized_start=730
-  _globals['_WATCHTELEMETRYRESPONSE']._serialized_end=796
-  _globals['_DEVICESERVICE']._serialized_start=799
-  _globals['_DEVICESERVICE']._serialized_end=1059
+  _globals['_GETINFOREQUEST']._serialized_start=100
+  _globals['_GETINFOREQUEST']._serialized_end=116
+  _globals['_GETINFORESPONSE']._serialized_start=119
+  _globals['_GETINFORESPONSE']._serialized_end=362
+  _globals['_RUNTIMEINFO']._serialized_start=364
+  _globals['_RUNTIMEINFO']._serialized_end=408
+  _globals['_GETMEMORYPLANREQUEST']._serialized_start=410
+  _globals['_GETMEMORYPLANREQUEST']._serialized_end=448
+  _globals['_GETMEMORYPLANRESPONSE']._serialized_start=450
+  _globals['_GETMEMORYPLANRESPONSE']._serialized_end=511
+  _globals['_MEMORYPLAN']._serialized_start=514
+  _globals['_MEMORYPLAN']._serialized_end=716
+  _globals['_WATCHTELEMETRYREQUEST']._serialized_start=718
+  _globals['_WATCHTELEMETRYREQUEST']._serialized_end=761
+  _globals['_WATCHTELEMETRYRESPONSE']._serialized_start=763
+  _globals['_WATCHTELEMETRYRESPONSE']._serialized_end=829
+  _globals['_WATCHLOGSREQUEST']._serialized_start=831
+  _globals['_WATCHLOGSREQUEST']._serialized_end=895
+  _globals['_WATCHLOGSRESPONSE']._serialized_start=897
+  _globals['_WATCHLOGSRESPONSE']._serialized_end=951
+  _globals['_LOGLINE']._serialized_start=953
+  _globals['_LOGLINE']._serialized_end=1049
+  _globals['_DEVICESERVICE']._serialized_start=1052
+  _globals['_DEVICESERVICE']._serialized_end=1388
 # @@protoc_insertion_point(module_scope)

@@ -9,6 +9,7 @@ import edgellm.v1.telemetry_pb2
 import google.protobuf.descriptor
 import google.protobuf.internal.containers
 import google.protobuf.message
+import google.protobuf.timestamp_pb2
 import typing
 
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
@@ -199,3 +200,70 @@ class WatchTelemetryResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["telemetry", b"telemetry"]) -> None: ...
 
 global___WatchTelemetryResponse = WatchTelemetryResponse
+
+@typing.final
+class WatchLogsRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LINES_FIELD_NUMBER: builtins.int
+    FOLLOW_FIELD_NUMBER: builtins.int
+    LEVEL_FIELD_NUMBER: builtins.int
+    lines: builtins.int
+    """Lines to begin with, at most what the agent keeps; 0 means 100."""
+    follow: builtins.bool
+    level: builtins.str
+    """Least level: "DEBUG", "INFO" (the default), "WARNING", "ERROR"."""
+    def __init__(
+        self,
+        *,
+        lines: builtins.int = ...,
+        follow: builtins.bool = ...,
+        level: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["follow", b"follow", "level", b"level", "lines", b"lines"]) -> None: ...
+
+global___WatchLogsRequest = WatchLogsRequest
+
+@typing.final
+class WatchLogsResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LINE_FIELD_NUMBER: builtins.int
+    @property
+    def line(self) -> global___LogLine: ...
+    def __init__(
+        self,
+        *,
+        line: global___LogLine | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["line", b"line"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["line", b"line"]) -> None: ...
+
+global___WatchLogsResponse = WatchLogsResponse
+
+@typing.final
+class LogLine(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TIME_FIELD_NUMBER: builtins.int
+    LEVEL_FIELD_NUMBER: builtins.int
+    LOGGER_FIELD_NUMBER: builtins.int
+    TEXT_FIELD_NUMBER: builtins.int
+    level: builtins.str
+    logger: builtins.str
+    """Part of the agent that wrote it."""
+    text: builtins.str
+    @property
+    def time(self) -> google.protobuf.timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        level: builtins.str = ...,
+        logger: builtins.str = ...,
+        text: builtins.str = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["time", b"time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["level", b"level", "logger", b"logger", "text", b"text", "time", b"time"]) -> None: ...
+
+global___LogLine = LogLine

@@ -29,6 +29,11 @@ class DeviceServiceStub(object):
                 request_serializer=edgellm_dot_v1_dot_device__pb2.WatchTelemetryRequest.SerializeToString,
                 response_deserializer=edgellm_dot_v1_dot_device__pb2.WatchTelemetryResponse.FromString,
                 )
+        self.WatchLogs = channel.unary_stream(
+                '/edgellm.v1.DeviceService/WatchLogs',
+                request_serializer=edgellm_dot_v1_dot_device__pb2.WatchLogsRequest.SerializeToString,
+                response_deserializer=edgellm_dot_v1_dot_device__pb2.WatchLogsResponse.FromString,
+                )
 
 
 class DeviceServiceServicer(object):
@@ -54,6 +59,13 @@ class DeviceServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchLogs(self, request, context):
+        """The last lines of the agent's log, its worker's included, and with `follow` each new one until the client goes away.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_DeviceServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -71,6 +83,11 @@ def add_DeviceServiceServicer_to_server(servicer, server):
                     servicer.WatchTelemetry,
                     request_deserializer=edgellm_dot_v1_dot_device__pb2.WatchTelemetryRequest.FromString,
                     response_serializer=edgellm_dot_v1_dot_device__pb2.WatchTelemetryResponse.SerializeToString,
+            ),
+            'WatchLogs': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchLogs,
+                    request_deserializer=edgellm_dot_v1_dot_device__pb2.WatchLogsRequest.FromString,
+                    response_serializer=edgellm_dot_v1_dot_device__pb2.WatchLogsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -130,5 +147,22 @@ class DeviceService(object):
         return grpc.experimental.unary_stream(request, target, '/edgellm.v1.DeviceService/WatchTelemetry',
             edgellm_dot_v1_dot_device__pb2.WatchTelemetryRequest.SerializeToString,
             edgellm_dot_v1_dot_device__pb2.WatchTelemetryResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def WatchLogs(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(request, target, '/edgellm.v1.DeviceService/WatchLogs',
+            edgellm_dot_v1_dot_device__pb2.WatchLogsRequest.SerializeToString,
+            edgellm_dot_v1_dot_device__pb2.WatchLogsResponse.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)

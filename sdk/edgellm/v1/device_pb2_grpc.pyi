@@ -36,6 +36,12 @@ class DeviceServiceStub:
     ]
     """One record now, then one per interval until the client goes away."""
 
+    WatchLogs: grpc.UnaryStreamMultiCallable[
+        edgellm.v1.device_pb2.WatchLogsRequest,
+        edgellm.v1.device_pb2.WatchLogsResponse,
+    ]
+    """The last lines of the agent's log, its worker's included, and with `follow` each new one until the client goes away."""
+
 class DeviceServiceAsyncStub:
     GetInfo: grpc.aio.UnaryUnaryMultiCallable[
         edgellm.v1.device_pb2.GetInfoRequest,
@@ -53,6 +59,12 @@ class DeviceServiceAsyncStub:
         edgellm.v1.device_pb2.WatchTelemetryResponse,
     ]
     """One record now, then one per interval until the client goes away."""
+
+    WatchLogs: grpc.aio.UnaryStreamMultiCallable[
+        edgellm.v1.device_pb2.WatchLogsRequest,
+        edgellm.v1.device_pb2.WatchLogsResponse,
+    ]
+    """The last lines of the agent's log, its worker's included, and with `follow` each new one until the client goes away."""
 
 class DeviceServiceServicer(metaclass=abc.ABCMeta):
     @abc.abstractmethod
@@ -77,5 +89,13 @@ class DeviceServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[edgellm.v1.device_pb2.WatchTelemetryResponse], collections.abc.AsyncIterator[edgellm.v1.device_pb2.WatchTelemetryResponse]]:
         """One record now, then one per interval until the client goes away."""
+
+    @abc.abstractmethod
+    def WatchLogs(
+        self,
+        request: edgellm.v1.device_pb2.WatchLogsRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[edgellm.v1.device_pb2.WatchLogsResponse], collections.abc.AsyncIterator[edgellm.v1.device_pb2.WatchLogsResponse]]:
+        """The last lines of the agent's log, its worker's included, and with `follow` each new one until the client goes away."""
 
 def add_DeviceServiceServicer_to_server(servicer: DeviceServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -349,3 +349,37 @@ class RemoveEngineResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["freed_bytes", b"freed_bytes"]) -> None: ...
 
 global___RemoveEngineResponse = RemoveEngineResponse
+
+@typing.final
+class PinEngineRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PINNED_FIELD_NUMBER: builtins.int
+    pinned: builtins.bool
+    def __init__(
+        self,
+        *,
+        pinned: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["pinned", b"pinned"]) -> None: ...
+
+global___PinEngineRequest = PinEngineRequest
+
+@typing.final
+class PinEngineResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PINNED_FIELD_NUMBER: builtins.int
+    ACTIVE_ENGINE_FIELD_NUMBER: builtins.int
+    pinned: builtins.bool
+    active_engine: builtins.str
+    """Manifest digest of the active engine; empty if there is none."""
+    def __init__(
+        self,
+        *,
+        pinned: builtins.bool = ...,
+        active_engine: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["active_engine", b"active_engine", "pinned", b"pinned"]) -> None: ...
+
+global___PinEngineResponse = PinEngineResponse

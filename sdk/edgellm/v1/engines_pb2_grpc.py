@@ -46,6 +46,11 @@ class EngineServiceStub(object):
                 request_serializer=edgellm_dot_v1_dot_engines__pb2.RemoveEngineRequest.SerializeToString,
                 response_deserializer=edgellm_dot_v1_dot_engines__pb2.RemoveEngineResponse.FromString,
                 )
+        self.PinEngine = channel.unary_unary(
+                '/edgellm.v1.EngineService/PinEngine',
+                request_serializer=edgellm_dot_v1_dot_engines__pb2.PinEngineRequest.SerializeToString,
+                response_deserializer=edgellm_dot_v1_dot_engines__pb2.PinEngineResponse.FromString,
+                )
 
 
 class EngineServiceServicer(object):
@@ -98,6 +103,13 @@ class EngineServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PinEngine(self, request, context):
+        """A pinned device keeps its active engine, whatever its fleet desires, until it is unpinned.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_EngineServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -130,6 +142,11 @@ def add_EngineServiceServicer_to_server(servicer, server):
                     servicer.RemoveEngine,
                     request_deserializer=edgellm_dot_v1_dot_engines__pb2.RemoveEngineRequest.FromString,
                     response_serializer=edgellm_dot_v1_dot_engines__pb2.RemoveEngineResponse.SerializeToString,
+            ),
+            'PinEngine': grpc.unary_unary_rpc_method_handler(
+                    servicer.PinEngine,
+                    request_deserializer=edgellm_dot_v1_dot_engines__pb2.PinEngineRequest.FromString,
+                    response_serializer=edgellm_dot_v1_dot_engines__pb2.PinEngineResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -242,5 +259,22 @@ class EngineService(object):
         return grpc.experimental.unary_unary(request, target, '/edgellm.v1.EngineService/RemoveEngine',
             edgellm_dot_v1_dot_engines__pb2.RemoveEngineRequest.SerializeToString,
             edgellm_dot_v1_dot_engines__pb2.RemoveEngineResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def PinEngine(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/edgellm.v1.EngineService/PinEngine',
+            edgellm_dot_v1_dot_engines__pb2.PinEngineRequest.SerializeToString,
+            edgellm_dot_v1_dot_engines__pb2.PinEngineResponse.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)

@@ -65,6 +65,12 @@ class EngineServiceStub:
     ]
     """Removes an engine that is not active, and the blobs that no other engine needs."""
 
+    PinEngine: grpc.UnaryUnaryMultiCallable[
+        edgellm.v1.engines_pb2.PinEngineRequest,
+        edgellm.v1.engines_pb2.PinEngineResponse,
+    ]
+    """A pinned device keeps its active engine, whatever its fleet desires, until it is unpinned."""
+
 class EngineServiceAsyncStub:
     """A push is Prepare, then WriteBlob for each blob that is missing, then Commit. Blobs are named by their digest and an engine by
     the digest of its OCI manifest.
@@ -111,6 +117,12 @@ class EngineServiceAsyncStub:
         edgellm.v1.engines_pb2.RemoveEngineResponse,
     ]
     """Removes an engine that is not active, and the blobs that no other engine needs."""
+
+    PinEngine: grpc.aio.UnaryUnaryMultiCallable[
+        edgellm.v1.engines_pb2.PinEngineRequest,
+        edgellm.v1.engines_pb2.PinEngineResponse,
+    ]
+    """A pinned device keeps its active engine, whatever its fleet desires, until it is unpinned."""
 
 class EngineServiceServicer(metaclass=abc.ABCMeta):
     """A push is Prepare, then WriteBlob for each blob that is missing, then Commit. Blobs are named by their digest and an engine by
@@ -170,5 +182,13 @@ class EngineServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[edgellm.v1.engines_pb2.RemoveEngineResponse, collections.abc.Awaitable[edgellm.v1.engines_pb2.RemoveEngineResponse]]:
         """Removes an engine that is not active, and the blobs that no other engine needs."""
+
+    @abc.abstractmethod
+    def PinEngine(
+        self,
+        request: edgellm.v1.engines_pb2.PinEngineRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[edgellm.v1.engines_pb2.PinEngineResponse, collections.abc.Awaitable[edgellm.v1.engines_pb2.PinEngineResponse]]:
+        """A pinned device keeps its active engine, whatever its fleet desires, until it is unpinned."""
 
 def add_EngineServiceServicer_to_server(servicer: EngineServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

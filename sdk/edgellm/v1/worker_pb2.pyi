@@ -289,17 +289,21 @@ class SetLimits(google.protobuf.message.Message):
 
     KV_BYTES_FIELD_NUMBER: builtins.int
     MAX_SEQUENCES_FIELD_NUMBER: builtins.int
+    PACE_FIELD_NUMBER: builtins.int
     kv_bytes: builtins.int
     """At most what the plan granted."""
     max_sequences: builtins.int
     """At least 1, at most what the plan granted."""
+    pace: builtins.float
+    """Share of the time in which it may compute, above 0, at most 1."""
     def __init__(
         self,
         *,
         kv_bytes: builtins.int = ...,
         max_sequences: builtins.int = ...,
+        pace: builtins.float = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["kv_bytes", b"kv_bytes", "max_sequences", b"max_sequences"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["kv_bytes", b"kv_bytes", "max_sequences", b"max_sequences", "pace", b"pace"]) -> None: ...
 
 global___SetLimits = SetLimits
 

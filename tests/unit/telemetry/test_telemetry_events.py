@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgellm.v1 import telemetry_pb2
-from edgellm_agent.telemetry.session import SessionCounter
-from edgellm_agent.telemetry.settings import MqttSettings
-from edgellm_agent.telemetry.topics import DeviceTopics, decode, encode, state_event, telemetry_events
+from edgellm.fleet.topics import DeviceTopics, decode, encode, state_event, telemetry_events
+from edgellm.v1 import fleet_pb2, telemetry_pb2
+from edgellm_agent.mqtt.session import SessionCounter
+from edgellm_agent.mqtt.settings import MqttSettings
 
 TOPICS = DeviceTopics("acme", "line-1", "jetson-01")
 
@@ -71,14 +71,13 @@ def test_an_event_comes_back_equal_and_its_bytes_are_stable(encoding: str) -> No
 
 def test_json_shows_known_zeros_and_hides_what_is_unknown() -> None:
     events = {
-        topic.rsplit("/", 1)[1]: json.loads(encode(event, "json"))
-        for topic, event in telemetry_events(TOPICS, 1, full_record())
+        name: json.loads(encode(event, "json")) for name, event in telemetry_events(TOPICS, 1, full_record())
     }
     assert events["power"]["telemetry"]["power"]["total_mw"] == 0
     assert events["runtime"]["telemetry"]["compute"] == {"gpu_percent": 0.0}
     assert events["runtime"]["telemetry"]["runtime"]["running_sequences"] == 0
     assert "worker_rss_bytes" not in events["runtime"]["telemetry"]["runtime"]
-    away = state_event(TOPICS, telemetry_pb2.DeviceState(session=3), revision=0, time_ns=None)
+    away = state_event(TOPICS, fleet_pb2.DeviceState(session=3), run=3, revision=0, time_ns=None)
     assert json.loads(encode(away, "json"))["state"]["online"] is False
     assert "time" not in json.loads(encode(away, "json"))
 
@@ -86,7 +85,7 @@ def test_json_shows_known_zeros_and_hides_what_is_unknown() -> None:
 @given(st.binary(max_size=200))
 def test_a_payload_that_is_no_event_is_a_value_error_or_an_event(payload: bytes) -> None:
     with contextlib.suppress(ValueError):
-        assert isinstance(decode(payload), telemetry_pb2.Event)
+        assert isinstance(decode(payload), fleet_pb2.Event)
 
 
 @pytest.mark.parametrize("payload", [b"{", b'{"telemetry": 1}', b'{"id": "\xff"}', b"\x0a\xff", b"{" * 5000])
@@ -144,7 +143,7 @@ def test_a_disk_that_cannot_be_written_does_not_stop_the_count(tmp_path: Path) -
 def test_telemetry_keeps_the_agent_light() -> None:
     heavy = ("numpy", "tokenizers", "onnxruntime", "torch", "jinja2")
     program = (
-        "import sys, edgellm_agent.telemetry.mqtt, edgellm_agent.telemetry.detect;"
+        "import sys, edgellm_agent.mqtt.publisher, edgellm_agent.telemetry.detect;"
         f"print([name for name in {heavy} if name in sys.modules])"
     )
     result = subprocess.run(
@@ -154,7 +153,7 @@ def test_telemetry_keeps_the_agent_light() -> None:
 
 
 def test_topics_know_no_mqtt_client() -> None:
-    program = "import sys, edgellm_agent.telemetry.topics; print('paho' in sys.modules)"
+    program = "import sys, edgellm.fleet.topics; print('paho' in sys.modules)"
     result = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
     )

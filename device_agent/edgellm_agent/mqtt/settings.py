@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from edgellm_agent.telemetry.topics import NAME_PATTERN, Encoding
+from edgellm.fleet.topics import NAME_PATTERN, Encoding
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 

@@ -1,5 +1,7 @@
 """Names of MQTT topics and the events that travel on them, to bytes and back; knows no MQTT client."""
 
+from __future__ import annotations
+
 import inspect
 import json
 import re
@@ -10,7 +12,7 @@ from typing import Any, Literal, TypeAlias
 from google.protobuf import json_format
 from google.protobuf.message import DecodeError
 
-from edgellm.v1 import telemetry_pb2
+from edgellm.v1 import fleet_pb2, telemetry_pb2
 
 Encoding: TypeAlias = Literal["json", "protobuf"]
 CONTENT_TYPES: dict[Encoding, str] = {
@@ -23,8 +25,11 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 TELEMETRY: dict[str, tuple[str, ...]] = {
     "thermal": ("thermal",),
     "power": ("power",),
-    "runtime": ("runtime", "compute", "memory"),
+    "runtime": ("runtime", "compute", "memory", "governor", "uplink"),
 }
+# The leaf below `evt/` for each kind of event.
+EVENTS: dict[str, str] = {"governor": "throttle", "engine": "deploy", "worker": "worker"}
+_ROOT = "edgellm/v1"
 # A zero that is known ("online": false) is shown, a field that is absent is not. Renamed in protobuf 5.26.
 _SHOW_ZEROS = next(
     name
@@ -55,50 +60,96 @@ class DeviceTopics:
         return f"edgellm/{self.tenant}/{self.group}/{self.device}"
 
     @property
+    def base(self) -> str:
+        """What all topics of the device begin with."""
+        return f"{_ROOT}/{self.tenant}/{self.group}/{self.device}"
+
+    @property
     def state(self) -> str:
         """Birth and will, retained."""
-        return f"edgellm/v1/{self.tenant}/{self.group}/{self.device}/state"
+        return f"{self.base}/state"
+
+    @property
+    def desired(self) -> str:
+        """What the fleet wants the device to run, retained."""
+        return f"{self.base}/desired"
+
+    @property
+    def reported(self) -> str:
+        """What the device runs, retained."""
+        return f"{self.base}/reported"
+
+    @property
+    def command_request(self) -> str:
+        """Commands to the device."""
+        return f"{self.base}/cmd/req"
+
+    @property
+    def command_response(self) -> str:
+        """What came of them."""
+        return f"{self.base}/cmd/resp"
 
     def telemetry(self, name: str) -> str:
         """One of `TELEMETRY`."""
-        return f"edgellm/v1/{self.tenant}/{self.group}/{self.device}/tele/{name}"
+        return f"{self.base}/tele/{name}"
+
+    def event(self, kind: str) -> str:
+        """For one of `EVENTS`."""
+        return f"{self.base}/evt/{EVENTS[kind]}"
+
+    @classmethod
+    def parse(cls, topic: str) -> tuple[DeviceTopics, str]:
+        """The device of a topic, and the rest of it, for example "tele/thermal"; raises ValueError."""
+        words = topic.split("/")
+        if len(words) < 6 or "/".join(words[:2]) != _ROOT:
+            raise ValueError(f"{topic!r} is no topic of a device")
+        return cls(*words[2:5]), "/".join(words[5:])
 
 
-def telemetry_events(
-    topics: DeviceTopics, session: int, record: telemetry_pb2.Telemetry
-) -> Iterator[tuple[str, telemetry_pb2.Event]]:
-    """Give topic and event for each topic that the record has something for."""
-    for name, fields in TELEMETRY.items():
-        present = [field for field in fields if record.HasField(field)]  # type: ignore[arg-type]
-        if not present:
-            continue
-        event = telemetry_pb2.Event(
-            id=f"{session}-{record.sequence}-{name}",
-            source=topics.source,
-            type=f"edgellm.telemetry.{name}.v1",
-            time=record.time,
-            telemetry=telemetry_pb2.Telemetry(
-                sequence=record.sequence, time=record.time, monotonic_ns=record.monotonic_ns
-            ),
-        )
-        for field in present:
-            getattr(event.telemetry, field).CopyFrom(getattr(record, field))
-        yield topics.telemetry(name), event
-
-
-def state_event(
-    topics: DeviceTopics, state: telemetry_pb2.DeviceState, *, revision: int, time_ns: int | None
-) -> telemetry_pb2.Event:
-    """Give the event that tells a device's state; a will cannot know its hour: `time_ns` None."""
-    event = telemetry_pb2.Event(
-        id=f"{state.session}-state-{revision}", source=topics.source, type="edgellm.state.v1", state=state
+def envelope(
+    topics: DeviceTopics, kind: str, run: int, sequence: int, time_ns: int | None
+) -> fleet_pb2.Event:
+    """An event without its data: `kind` is a type between "edgellm." and ".v1"; a will knows no time."""
+    event = fleet_pb2.Event(
+        id=f"{run}-{kind}-{sequence}",
+        source=topics.source,
+        type=f"edgellm.{kind}.v1",
+        run=run,
+        sequence=sequence,
     )
     if time_ns is not None:
         event.time.FromNanoseconds(time_ns)
     return event
 
 
-def encode(event: telemetry_pb2.Event, encoding: Encoding) -> bytes:
+def telemetry_events(
+    topics: DeviceTopics, run: int, record: telemetry_pb2.Telemetry
+) -> Iterator[tuple[str, fleet_pb2.Event]]:
+    """Give the name in `TELEMETRY` and the event for each topic that the record has something for."""
+    for name, fields in TELEMETRY.items():
+        present = [field for field in fields if record.HasField(field)]  # type: ignore[arg-type]
+        if not present:
+            continue
+        event = envelope(topics, f"telemetry.{name}", run, record.sequence, record.time.ToNanoseconds())
+        event.telemetry.sequence = record.sequence
+        event.telemetry.time.CopyFrom(record.time)
+        event.telemetry.monotonic_ns = record.monotonic_ns
+        for field in present:
+            getattr(event.telemetry, field).CopyFrom(getattr(record, field))
+        yield name, event
+
+
+def state_event(
+    topics: DeviceTopics, state: fleet_pb2.DeviceState, *, run: int, revision: int, time_ns: int | None
+) -> fleet_pb2.Event:
+    """Give the event that tells a device's state; a will cannot know its hour: `time_ns` None."""
+    event = envelope(topics, "state", run, revision, time_ns)
+    event.id = f"{state.session}-state-{revision}"
+    event.state.CopyFrom(state)
+    return event
+
+
+def encode(event: fleet_pb2.Event, encoding: Encoding) -> bytes:
     """Give the payload; the same event gives the same bytes."""
     if encoding == "protobuf":
         return event.SerializeToString(deterministic=True)
@@ -107,12 +158,12 @@ def encode(event: telemetry_pb2.Event, encoding: Encoding) -> bytes:
     return json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
 
 
-def decode(payload: bytes) -> telemetry_pb2.Event:
+def decode(payload: bytes) -> fleet_pb2.Event:
     """Give the event of a payload in either encoding; raises ValueError if it is neither.
 
     MQTT 3.1.1 has no content type, but no binary event begins with a brace: that would be field 15.
     """
-    event = telemetry_pb2.Event()
+    event = fleet_pb2.Event()
     try:
         if payload[:1] == b"{":
             json_format.Parse(payload, event, ignore_unknown_fields=True)

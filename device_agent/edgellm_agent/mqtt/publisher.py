@@ -14,12 +14,12 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
-from edgellm.v1 import telemetry_pb2
+from edgellm.fleet.topics import CONTENT_TYPES, DeviceTopics, encode, state_event, telemetry_events
+from edgellm.v1 import fleet_pb2, telemetry_pb2
+from edgellm_agent.mqtt.session import SessionCounter
+from edgellm_agent.mqtt.settings import MqttSettings
 from edgellm_agent.telemetry.base import Clock
 from edgellm_agent.telemetry.sampler import Sampler
-from edgellm_agent.telemetry.session import SessionCounter
-from edgellm_agent.telemetry.settings import MqttSettings
-from edgellm_agent.telemetry.topics import CONTENT_TYPES, DeviceTopics, encode, state_event, telemetry_events
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ class MqttPublisher:
 
     def _on_pre_connect(self, client: paho.Client, _userdata: object) -> None:
         state = self._state(self._counter.last + 1, online=False)
-        will = state_event(self._topics, state, revision=0, time_ns=None)
+        will = state_event(self._topics, state, run=state.session, revision=0, time_ns=None)
         client.will_set(
             self._topics.state,
             encode(will, self._settings.encoding),
@@ -209,9 +209,12 @@ class MqttPublisher:
         properties = self._properties(PacketTypes.PUBLISH, expiry_s=self._settings.message_expiry_s)
         self._in_flight = [
             self._client.publish(
-                topic, encode(event, self._settings.encoding), qos=self._settings.qos, properties=properties
+                self._topics.telemetry(name),
+                encode(event, self._settings.encoding),
+                qos=self._settings.qos,
+                properties=properties,
             )
-            for topic, event in telemetry_events(self._topics, self._session, record)
+            for name, event in telemetry_events(self._topics, self._session, record)
         ]
 
     def _publish_state(self, *, online: bool) -> paho.MQTTMessageInfo | None:
@@ -221,6 +224,7 @@ class MqttPublisher:
         event = state_event(
             self._topics,
             self._state(self._session, online=online),
+            run=self._session,
             revision=self._revision,
             time_ns=self._clock.wall_ns(),
         )
@@ -228,8 +232,8 @@ class MqttPublisher:
         properties = self._properties(PacketTypes.PUBLISH)
         return self._client.publish(self._topics.state, payload, qos=1, retain=True, properties=properties)
 
-    def _state(self, session: int, *, online: bool) -> telemetry_pb2.DeviceState:
-        return telemetry_pb2.DeviceState(
+    def _state(self, session: int, *, online: bool) -> fleet_pb2.DeviceState:
+        return fleet_pb2.DeviceState(
             online=online,
             session=session,
             agent_version=self._agent_version,

@@ -1,0 +1,1 @@
+"""The device's side of the fleet: what it tells a broker, and what it takes from one."""
