@@ -18,8 +18,9 @@ from edgellm.bundle.config import EngineConfig
 from edgellm.bundle.manifest import Descriptor, EngineManifest
 from edgellm.errors import BundleError, DoesNotFitError
 from edgellm.memory import MemoryPlan
-from edgellm.v1 import engines_pb2, inference_pb2
+from edgellm.v1 import engines_pb2, inference_pb2, telemetry_pb2
 from edgellm_agent.engine.base import Engine
+from edgellm_agent.engine.figures import Totals
 from edgellm_agent.engine.pressure import read_pressure
 from edgellm_agent.engine.supervisor import EngineSpec, Serving, SupervisedEngine
 from edgellm_agent.errors import (
@@ -87,6 +88,8 @@ class EngineManager:
     registry: Registry
     policy: Policy
     on_change: Callable[[], None] = lambda: None
+    totals: Totals = field(default_factory=Totals, init=False)
+    """Of all engines since the start."""
     _active: _Active | None = field(default=None, init=False)
     _activating: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
 
@@ -116,6 +119,14 @@ class EngineManager:
     def running(self) -> SupervisedEngine | None:
         """The engine that answers, if there is one."""
         return None if self._active is None else self._active.engine
+
+    def runtime(self) -> telemetry_pb2.Runtime:
+        """The engine's part of a telemetry record; the totals stay when there is none."""
+        if self._active is not None:
+            return self._active.engine.runtime()
+        record = telemetry_pb2.Runtime(state="none")
+        self.totals.fill(record)
+        return record
 
     def engine_for(self, model: str) -> SupervisedEngine:
         """The engine for a request; `model` is a name, a digest, or empty for the active one."""
@@ -306,7 +317,7 @@ class EngineManager:
             other = beside.memory_bytes() if beside is not None and beside.state != "stopped" else (0, 0)
             return policy.memory.plan(stored.config, policy.memory.available_bytes(*other))
 
-        return SupervisedEngine(spec, plan, self.on_change)
+        return SupervisedEngine(spec, plan, self.on_change, self.totals)
 
     def _check_target(self, config: EngineConfig) -> None:
         version = self.policy.runtimes.get(config.runtime)

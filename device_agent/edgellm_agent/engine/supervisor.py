@@ -13,6 +13,7 @@ from edgellm.errors import DoesNotFitError
 from edgellm.memory import PREFILL_TOKENS, MemoryPlan
 from edgellm.v1 import inference_pb2, telemetry_pb2, worker_pb2
 from edgellm_agent.engine.base import TokenStream
+from edgellm_agent.engine.figures import Totals
 from edgellm_agent.engine.pressure import PressureGuard, Reading, read_pressure
 from edgellm_agent.engine.worker_process import WorkerProcess
 from edgellm_agent.errors import AgentError, UnavailableError
@@ -51,31 +52,6 @@ class EngineSpec:
     read_pressure: Callable[[], Reading] = read_pressure
 
 
-@dataclass
-class Totals:
-    """Counts over all workers of this engine."""
-
-    requests: int = 0
-    generated_tokens: int = 0
-    cached_tokens: int = 0
-    preemptions: int = 0
-    draft_tokens: int = 0
-    accepted_draft_tokens: int = 0
-    restarts: int = 0
-
-    def add(self, before: worker_pb2.Stats, now: worker_pb2.Stats) -> None:
-        """Counts what a worker did between two polls."""
-        for name in (
-            "generated_tokens",
-            "cached_tokens",
-            "preemptions",
-            "draft_tokens",
-            "accepted_draft_tokens",
-        ):
-            more = getattr(now, f"{name}_total") - getattr(before, f"{name}_total")
-            setattr(self, name, getattr(self, name) + more)
-
-
 @dataclass(frozen=True)
 class Rates:
     """Tokens per second between the last two polls."""
@@ -91,16 +67,21 @@ class SupervisedEngine:
         spec: The engine.
         plan: Plans the memory anew for each start: what is available changes.
         on_change: Called when `state` has changed.
+        totals: What all engines of the agent are counted in.
 
     """
 
     def __init__(
-        self, spec: EngineSpec, plan: Callable[[], MemoryPlan], on_change: Callable[[], None] = lambda: None
+        self,
+        spec: EngineSpec,
+        plan: Callable[[], MemoryPlan],
+        on_change: Callable[[], None] = lambda: None,
+        totals: Totals | None = None,
     ) -> None:
         self.spec = spec
         self.state = "starting"
         self._on_change = on_change
-        self.totals = Totals()
+        self.totals = totals or Totals()
         self._plan = plan
         self._worker: WorkerProcess | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -157,15 +138,9 @@ class SupervisedEngine:
             kv_used_bytes=stats.kv_used_bytes,
             kv_promised_bytes=stats.kv_promised_bytes,
             kv_bound_bytes=stats.kv_bound_bytes,
-            requests_total=self.totals.requests,
-            generated_tokens_total=self.totals.generated_tokens,
             kv_cached_bytes=stats.kv_cached_bytes,
-            cached_tokens_total=self.totals.cached_tokens,
-            preemptions_total=self.totals.preemptions,
-            draft_tokens_total=self.totals.draft_tokens,
-            accepted_draft_tokens_total=self.totals.accepted_draft_tokens,
-            worker_restarts_total=self.totals.restarts,
         )
+        self.totals.fill(record)
         if self._worker is not None:
             record.load_s = self._worker.ready.load_s
             rss = self._worker.rss_bytes()
@@ -204,7 +179,7 @@ class SupervisedEngine:
             max_waiting=spec.serving.max_waiting,
             speculate=spec.serving.speculate,
         )
-        worker = await WorkerProcess.start(load, spec.serving.load_timeout_s)
+        worker = await WorkerProcess.start(load, spec.serving.load_timeout_s, self.totals)
         self._guard = self._pressure_guard(MemoryPlan.from_proto(worker.ready.plan))
         log.info("engine %s loaded in %.2f s, worker %d", spec.config.name, worker.ready.load_s, worker.pid)
         return worker

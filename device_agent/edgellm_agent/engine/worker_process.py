@@ -13,6 +13,7 @@ from pathlib import Path
 
 from edgellm.v1 import inference_pb2, worker_pb2
 from edgellm_agent import errors, ipc
+from edgellm_agent.engine.figures import AnswerWatch, Totals
 
 log = logging.getLogger(__name__)
 
@@ -40,12 +41,14 @@ class WorkerProcess:
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         client_streams: int,
+        totals: Totals,
     ) -> None:
         self._process = process
         self._reader = reader
         self._writer = writer
         # The worker refuses, and fairly; here is only what one client, and all of them, may have under way.
         self._client_streams = client_streams
+        self._totals = totals
         self._streams: dict[int, _Stream] = {}
         self._next_id = 0
         self._stats_waiters: list[asyncio.Future[worker_pb2.Stats]] = []
@@ -56,8 +59,10 @@ class WorkerProcess:
         self.death = ""
 
     @classmethod
-    async def start(cls, load: worker_pb2.Load, timeout_s: float) -> WorkerProcess:
-        """Starts a worker and loads an engine.
+    async def start(
+        cls, load: worker_pb2.Load, timeout_s: float, totals: Totals | None = None
+    ) -> WorkerProcess:
+        """Starts a worker and loads an engine; what its clients see is counted in `totals`.
 
         Raises TooLargeError or EngineError, and leaves no process behind.
         """
@@ -76,7 +81,7 @@ class WorkerProcess:
             )
             undo.pop_all()
         reader, writer = await asyncio.open_unix_connection(sock=ours)
-        worker = cls(process, reader, writer, load.plan.max_sequences + load.max_waiting)
+        worker = cls(process, reader, writer, load.plan.max_sequences + load.max_waiting, totals or Totals())
         try:
             await asyncio.wait_for(worker._load(load), timeout_s)
         except BaseException as error:
@@ -112,7 +117,8 @@ class WorkerProcess:
             client=client,
         )
         self._send(worker_pb2.ToWorker(submit=submit))
-        stream = self._streams[self._next_id] = _Stream(self, self._next_id, client)
+        watch = AnswerWatch(self._totals, _CREDIT_TOKENS)
+        stream = self._streams[self._next_id] = _Stream(self, self._next_id, client, watch)
         return stream
 
     async def stats(self, timeout_s: float = 5.0) -> worker_pb2.Stats:
@@ -253,8 +259,9 @@ class _Stream:
     A reader that falls behind gets what has come since in one piece; credit bounds how much that is.
     """
 
-    def __init__(self, worker: WorkerProcess, stream_id: int, client: str) -> None:
+    def __init__(self, worker: WorkerProcess, stream_id: int, client: str, watch: AnswerWatch) -> None:
         self.client = client
+        self._watch = watch
         self._worker = worker
         self._id = stream_id
         self._pending: worker_pb2.Delta | None = None
@@ -265,6 +272,7 @@ class _Stream:
         self.finished: worker_pb2.Finished | None = None
 
     def put(self, delta: worker_pb2.Delta) -> None:
+        self._watch.came(len(delta.token_ids))
         if self._pending is None:
             self._pending = delta
         else:
@@ -274,6 +282,9 @@ class _Stream:
         self._changed.set()
 
     def fail(self, error: errors.AgentError) -> None:
+        # What comes after its reader has left is neither a failure nor an answer.
+        if not self._ended:
+            self._watch.failed()
         self._error = error
         self._ended = True
         self._changed.set()
@@ -282,6 +293,8 @@ class _Stream:
         if ended.WhichOneof("outcome") == "failure":
             self.fail(_to_error(ended.failure))
             return
+        if not self._ended:
+            self._watch.finished()
         self.finished = ended.finished
         self._ended = True
         self._changed.set()
@@ -309,6 +322,7 @@ class _Stream:
         self._taken += tokens
         if self._taken >= _CREDIT_TOKENS // 4 and not self._ended:
             self._worker.credit(self._id, self._taken)
+            self._watch.taken(self._taken)
             self._taken = 0
 
 

@@ -1,27 +1,24 @@
-"""The routes: OpenAI's completions and models, health, metrics."""
+"""The routes: OpenAI's completions and models, and health and metrics beside them."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from edgellm_agent.config import HttpSettings
 from edgellm_agent.engine.supervisor import SupervisedEngine
-from edgellm_agent.errors import AgentError, UnavailableError
+from edgellm_agent.errors import UnavailableError
 from edgellm_agent.http.answers import ChatFormat, Format, Head, Json, TextFormat
-from edgellm_agent.http.errors import ApiError, to_api_error
+from edgellm_agent.http.errors import HANDLERS, ApiError
 from edgellm_agent.http.guard import Bodies, Guard
+from edgellm_agent.http.metrics import Metrics
 from edgellm_agent.http.schema import ChatRequest, Common, CompletionRequest, parse
 from edgellm_agent.http.streaming import Answer, StreamedAnswer, WholeAnswer
 from edgellm_agent.http.translate import Translated, translate_chat, translate_completion
 from edgellm_agent.lifecycle import EngineManager
-from edgellm_agent.telemetry import prometheus
 from edgellm_agent.telemetry.sampler import Sampler
 
 
@@ -30,7 +27,7 @@ class Api:
 
     def __init__(self, manager: EngineManager, sampler: Sampler, settings: HttpSettings) -> None:
         self._manager = manager
-        self._sampler = sampler
+        self._metrics = Metrics(manager, sampler)
         self._settings = settings
         self._bodies = Bodies()
 
@@ -41,8 +38,7 @@ class Api:
             Route("/v1/completions", self._complete, methods=["POST"]),
             Route("/v1/models", self._models),
             Route("/v1/models/{model:path}", self._model),
-            Route("/healthz", self._health),
-            Route("/metrics", self._metrics),
+            *self._metrics.routes(),
         ]
         app = Starlette(routes=routes, exception_handlers=HANDLERS)
         app.router.redirect_slashes = False
@@ -104,35 +100,7 @@ class Api:
             "owned_by": "edgellm",
         }
 
-    async def _health(self, request: Request) -> Response:  # noqa: ARG002
-        running = self._manager.running
-        state = "none" if running is None else running.state
-        return JSONResponse({"state": state}, 200 if state == "serving" else 503)
-
-    async def _metrics(self, request: Request) -> Response:
-        body, media_type = prometheus.render(self._sampler.latest, request.headers.get("accept", ""))
-        return Response(body, headers={"content-type": media_type})
-
 
 def _no_model(model: str, active: str) -> ApiError:
     message = f"the active engine is {active}, not {model}"
     return ApiError(404, message, param="model", code="model_not_found")
-
-
-async def _refuse(request: Request, error: Exception) -> Response:  # noqa: ARG001
-    return to_api_error(error).response()
-
-
-async def _leave(request: Request, error: Exception) -> Response:  # noqa: ARG001
-    """The client went away with its request half sent: nobody reads this."""
-    return Response(status_code=400)
-
-
-HANDLERS: dict[Any, Any] = {
-    ApiError: _refuse,
-    AgentError: _refuse,
-    # Starlette's own: no such path, no such method.
-    HTTPException: _refuse,
-    ClientDisconnect: _leave,
-    Exception: _refuse,
-}

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
 
 from edgellm_agent import errors
 
@@ -105,3 +106,22 @@ def to_param(field: str, params: Mapping[str, str]) -> str:
         return field.removeprefix("sampling.").removeprefix("chat.")
     longest = max(known, key=len)
     return params[longest] + field[len(longest) :]
+
+
+async def _refuse(request: Request, error: Exception) -> Response:  # noqa: ARG001
+    return to_api_error(error).response()
+
+
+async def _leave(request: Request, error: Exception) -> Response:  # noqa: ARG001
+    """The client went away with its request half sent: nobody reads this."""
+    return Response(status_code=400)
+
+
+HANDLERS: dict[Any, Any] = {
+    ApiError: _refuse,
+    errors.AgentError: _refuse,
+    # Starlette's own: no such path, no such method.
+    HTTPException: _refuse,
+    ClientDisconnect: _leave,
+    Exception: _refuse,
+}

@@ -33,7 +33,7 @@ _LAST_WORDS_S = 1.0
 
 
 class HttpServer:
-    """Serves one ASGI application on a loopback address."""
+    """Serves one ASGI application on one address."""
 
     def __init__(self, app: ASGIApp, listen: str, max_connections: int) -> None:
         self._listen = listen

@@ -1,18 +1,25 @@
-"""A telemetry record as Prometheus metrics, in base units: watts, hertz, ratios."""
+"""A telemetry record as Prometheus metrics, in base units: watts, hertz, ratios; and histograms beside it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+from google.protobuf.message import Message
 from prometheus_client.exposition import choose_encoder
-from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.metrics_core import HistogramMetricFamily, Metric
 
 from edgellm.v1 import telemetry_pb2
 from edgellm.v1.telemetry_pb2 import Telemetry
 
+if TYPE_CHECKING:
+    from edgellm_agent.engine.figures import Histogram, Totals
+
 _STATES = ("none", "starting", "serving", "draining", "restarting", "stopped")
+_GOVERNOR_STATES = ("NOMINAL", "WARM", "HOT", "CRITICAL")
+_QUANTILES = (("0.5", "p50_s"), ("0.95", "p95_s"), ("0.99", "p99_s"))
+_REASONS = ("temperature", "power", "over_current", "memory")
 
 Sample = tuple[Mapping[str, str], float]
 
@@ -22,22 +29,33 @@ class Row:
     """One metric. What the record does not have gives no sample: absent is not zero."""
 
     name: str
-    kind: Literal["gauge", "counter"]
+    kind: Literal["gauge", "counter", "summary"]
     help: str
     read: Callable[[Telemetry], Iterable[Sample]]
 
 
 def _field(path: str, scale: float = 1.0) -> Callable[[Telemetry], Iterator[Sample]]:
-    """Reads "part.field"."""
-    part_name, name = path.split(".")
+    """Reads "part.field"; a part may have parts."""
+    *part_names, name = path.split(".")
 
     def read(record: Telemetry) -> Iterator[Sample]:
-        if not record.HasField(part_name):  # type: ignore[arg-type]
-            return
-        part = getattr(record, part_name)
-        descriptor = part.DESCRIPTOR.fields_by_name[name]
-        if not descriptor.has_presence or part.HasField(name):
+        part: Message = record
+        for part_name in part_names:
+            if not part.HasField(part_name):
+                return
+            part = getattr(part, part_name)
+        if not part.DESCRIPTOR.fields_by_name[name].has_presence or part.HasField(name):
             yield {}, getattr(part, name) * scale
+
+    return read
+
+
+def _percentiles(name: str) -> Callable[[Telemetry], Iterator[Sample]]:
+    def read(record: Telemetry) -> Iterator[Sample]:
+        if record.runtime.HasField(name):  # type: ignore[arg-type]
+            figures = getattr(record.runtime, name)
+            for quantile, percentile in _QUANTILES:
+                yield {"quantile": quantile}, getattr(figures, percentile)
 
     return read
 
@@ -81,13 +99,25 @@ def _state(record: Telemetry) -> Iterator[Sample]:
             yield {"state": state}, float(state == record.runtime.state)
 
 
+def _governor_state(record: Telemetry) -> Iterator[Sample]:
+    if record.HasField("governor"):
+        for state in _GOVERNOR_STATES:
+            yield {"state": state}, float(state == record.governor.state)
+
+
+def _governor_reasons(record: Telemetry) -> Iterator[Sample]:
+    if record.HasField("governor"):
+        for reason in _REASONS:
+            yield {"reason": reason}, float(reason in record.governor.reasons)
+
+
 def _time(record: Telemetry) -> Iterator[Sample]:
     if record.HasField("time"):
         yield {}, record.time.ToNanoseconds() / 1e9
 
 
 TABLE = (
-    Row("edgellm_telemetry_time_seconds", "gauge", "When the record was taken, Unix time.", _time),
+    Row("edgellm_telemetry_timestamp_seconds", "gauge", "When the record was taken, Unix time.", _time),
     Row("edgellm_temperature_celsius", "gauge", "Temperature of a thermal zone.", _zones("celsius")),
     Row(
         "edgellm_temperature_passive_celsius",
@@ -102,6 +132,7 @@ TABLE = (
     Row("edgellm_rail_power_watts", "gauge", "Power of a rail.", _rails("power_mw")),
     Row("edgellm_rail_voltage_volts", "gauge", "Voltage of a rail.", _rails("voltage_mv")),
     Row("edgellm_rail_current_amperes", "gauge", "Current of a rail.", _rails("current_ma")),
+    Row("edgellm_energy_joules", "counter", "Energy that the module took.", _field("power.energy_total_j")),
     Row("edgellm_over_current_events", "counter", "Over-current events since boot.", _over_current),
     Row("edgellm_power_mode_info", "gauge", "Power mode by name.", _power_mode),
     Row("edgellm_cpu_ratio", "gauge", "Load of all cores.", _field("compute.cpu_percent", 1e-2)),
@@ -130,6 +161,13 @@ TABLE = (
     Row("edgellm_kv_promised_bytes", "gauge", "KV cache promised.", _field("runtime.kv_promised_bytes")),
     Row("edgellm_kv_bound_bytes", "gauge", "KV cache allowed.", _field("runtime.kv_bound_bytes")),
     Row("edgellm_requests", "counter", "Requests taken.", _field("runtime.requests_total")),
+    Row("edgellm_finished_requests", "counter", "Whole answers.", _field("runtime.finished_requests_total")),
+    Row(
+        "edgellm_failed_requests",
+        "counter",
+        "Requests without a whole answer that their client did not cancel.",
+        _field("runtime.failed_requests_total"),
+    ),
     Row(
         "edgellm_generated_tokens", "counter", "Tokens of answers.", _field("runtime.generated_tokens_total")
     ),
@@ -147,33 +185,136 @@ TABLE = (
         "Tokens guessed right.",
         _field("runtime.accepted_draft_tokens_total"),
     ),
-    Row("edgellm_worker_restarts", "counter", "Restarts.", _field("runtime.worker_restarts_total")),
+    Row("edgellm_worker_restarts", "counter", "Of the worker.", _field("runtime.worker_restarts_total")),
     Row("edgellm_worker_rss_bytes", "gauge", "Memory of the worker.", _field("runtime.worker_rss_bytes")),
     Row("edgellm_load_seconds", "gauge", "What loading the engine took.", _field("runtime.load_s")),
+    # Not the histograms' names: of the last minute, and without sum and count, which would be of all time.
+    Row(
+        "edgellm_recent_time_to_first_token_seconds",
+        "summary",
+        "From the request to the first token, over the last minute.",
+        _percentiles("time_to_first_token"),
+    ),
+    Row(
+        "edgellm_recent_first_tokens",
+        "gauge",
+        "How many were measured for it.",
+        _field("runtime.time_to_first_token.count"),
+    ),
+    Row(
+        "edgellm_recent_inter_token_latency_seconds",
+        "summary",
+        "From one token of an answer to the next, over the last minute.",
+        _percentiles("inter_token_latency"),
+    ),
+    Row(
+        "edgellm_recent_inter_token_gaps",
+        "gauge",
+        "How many were measured for it.",
+        _field("runtime.inter_token_latency.count"),
+    ),
+    Row(
+        "edgellm_tokens_per_joule",
+        "gauge",
+        "Generated tokens for each joule of the module, over the last minute.",
+        _field("runtime.tokens_per_joule"),
+    ),
+    Row(
+        "edgellm_joules_per_request",
+        "gauge",
+        "Joules of the module for each whole answer, over the last minute.",
+        _field("runtime.joules_per_request"),
+    ),
+    Row("edgellm_governor_state", "gauge", "1 for the state that the governor is in.", _governor_state),
+    Row("edgellm_governor_reason", "gauge", "1 for why it is not NOMINAL.", _governor_reasons),
+    Row(
+        "edgellm_governor_pace_ratio",
+        "gauge",
+        "Share of the time in which the engine may compute.",
+        _field("governor.pace"),
+    ),
+    Row(
+        "edgellm_governor_max_sequences",
+        "gauge",
+        "Requests that may run at once.",
+        _field("governor.max_sequences"),
+    ),
+    Row(
+        "edgellm_governor_refusing",
+        "gauge",
+        "1 while new requests are refused for heat.",
+        _field("governor.refusing"),
+    ),
+    Row(
+        "edgellm_thermal_slope_celsius_per_second",
+        "gauge",
+        "How fast the zone nearest to throttling gets hotter.",
+        _field("governor.slope_celsius_per_s"),
+    ),
+    Row(
+        "edgellm_power_budget_watts",
+        "gauge",
+        "What the module may take.",
+        _field("governor.power_budget_mw", 1e-3),
+    ),
+    Row("edgellm_uplink_connected", "gauge", "1 with a broker.", _field("uplink.connected")),
+    Row("edgellm_uplink_queued_events", "gauge", "Events on disk.", _field("uplink.queued_events")),
+    Row("edgellm_uplink_queued_telemetry", "gauge", "Records on disk.", _field("uplink.queued_telemetry")),
+    Row("edgellm_uplink_queued_bytes", "gauge", "All of the outbox.", _field("uplink.queued_bytes")),
+    Row(
+        "edgellm_uplink_dropped_telemetry",
+        "counter",
+        "Dropped because the outbox was full.",
+        _field("uplink.dropped_telemetry_total"),
+    ),
+    Row(
+        "edgellm_uplink_connections",
+        "counter",
+        "Connections to the broker.",
+        _field("uplink.connections_total"),
+    ),
 )
 
 
-def render(record: Telemetry | None, accept: str = "") -> tuple[bytes, str]:
-    """The metrics and their media type: OpenMetrics or Prometheus text, whichever `accept` prefers."""
+def render(record: Telemetry | None, accept: str = "", totals: Totals | None = None) -> tuple[bytes, str]:
+    """The metrics and their media type: OpenMetrics or Prometheus text, whichever `accept` prefers.
+
+    Percentiles of many devices cannot be added up; histograms can, so `totals` brings them beside the record.
+    """
     encode, media_type = choose_encoder(accept)
-    return encode(_Once(record or telemetry_pb2.Telemetry())), media_type
+    return encode(_Once(record or telemetry_pb2.Telemetry(), totals)), media_type
 
 
 class _Once:
     """One record as a registry, which is what encoders take."""
 
-    def __init__(self, record: Telemetry) -> None:
+    def __init__(self, record: Telemetry, totals: Totals | None) -> None:
         self._record = record
+        self._totals = totals
 
     def collect(self) -> Iterator[Metric]:
         for row in TABLE:
-            samples = list(row.read(self._record))
-            if not samples:
-                continue
-            # All samples of a row have the same labels.
-            names = list(samples[0][0])
-            kind = CounterMetricFamily if row.kind == "counter" else GaugeMetricFamily
-            family = kind(row.name, row.help, labels=names)
-            for labels, value in samples:
-                family.add_metric(list(labels.values()), value)
-            yield family
+            # Not a family's class for each kind: that of summaries insists on a sum and a count.
+            family = Metric(row.name, row.help, row.kind)
+            suffix = "_total" if row.kind == "counter" else ""
+            for labels, value in row.read(self._record):
+                family.add_sample(row.name + suffix, dict(labels), value)
+            if family.samples:
+                yield family
+        if self._totals is not None:
+            yield _histogram(
+                "edgellm_time_to_first_token_seconds",
+                "From the request to the first token.",
+                self._totals.first_token,
+            )
+            yield _histogram(
+                "edgellm_inter_token_latency_seconds",
+                "From one token of an answer to the next.",
+                self._totals.inter_token,
+            )
+
+
+def _histogram(name: str, text: str, figures: Histogram) -> Metric:
+    buckets = [(str(bound_s), float(count)) for bound_s, count in figures.cumulative()]
+    buckets.append(("+Inf", float(figures.count)))
+    return HistogramMetricFamily(name, text, buckets=buckets, sum_value=figures.sum_s)

@@ -6,8 +6,12 @@ import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 
+from google.protobuf.message import Message
+
 from edgellm.v1 import telemetry_pb2
 from edgellm_agent.telemetry.base import Clock, Part, PartName, Probe, Source
+from edgellm_agent.telemetry.energy import Energy
+from edgellm_agent.telemetry.rounding import round_floats
 
 log = logging.getLogger(__name__)
 
@@ -24,17 +28,24 @@ class Sampler:
         source: Source,
         runtime: Callable[[], telemetry_pb2.Runtime] | None = None,
         *,
+        governor: Callable[[], telemetry_pb2.Governor] | None = None,
+        uplink: Callable[[], telemetry_pb2.Uplink] | None = None,
         interval_s: float = 1.0,
         deadline_s: float = 0.5,
         clock: Clock | None = None,
     ) -> None:
         """Prepare to sample.
 
-        `runtime` tells what the engine does, on the event loop and without waiting. A probe that has not
-        answered after `deadline_s` is left out until it does.
+        `runtime`, `governor` and `uplink` tell what the agent does itself, on the event loop and without
+        waiting. A probe that has not answered after `deadline_s` is left out until it does.
         """
         self._source = source
-        self._runtime = runtime
+        self._own: dict[str, Callable[[], Message] | None] = {
+            "runtime": runtime,
+            "governor": governor,
+            "uplink": uplink,
+        }
+        self._energy = Energy(interval_s)
         self._interval_ns = round(interval_s * 1e9)
         self._clock = clock or Clock()
         self._reader = _ProbeReader(source.probes, deadline_s)
@@ -100,12 +111,19 @@ class Sampler:
         record.time.FromNanoseconds(self._clock.wall_ns())
         for name, part in (await self._reader.read()).items():
             getattr(record, name).CopyFrom(part)
-        if self._runtime is not None:
-            try:
-                record.runtime.CopyFrom(self._runtime())
-            except Exception:  # whatever the engine's side does wrong, heat and power are still wanted
-                log.exception("telemetry.runtime_failed")
+        for own, tell in self._own.items():
+            if tell is not None:
+                _add(record, own, tell)
+        self._energy.fill(record)
+        round_floats(record)
         return record
+
+
+def _add(record: telemetry_pb2.Telemetry, name: str, tell: Callable[[], Message]) -> None:
+    try:
+        getattr(record, name).CopyFrom(tell())
+    except Exception:  # whatever the agent's side does wrong, heat and power are still wanted
+        log.exception("telemetry.part_failed part=%s", name)
 
 
 def next_due(due_ns: int, now_ns: int, interval_ns: int) -> int:

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -11,12 +12,15 @@ from itertools import cycle, pairwise
 from pathlib import Path
 
 import pytest
+from google.protobuf.message import Message
 
 from edgellm.v1 import telemetry_pb2
 from edgellm_agent.telemetry.base import Clock, Part, PartName
+from edgellm_agent.telemetry.rounding import round_floats
 from edgellm_agent.telemetry.sampler import Sampler, next_due
 from edgellm_agent.telemetry.sysfs import SysfsSource
 from tests.support import boards
+from tests.support.telemetry_records import full_record
 
 
 class FakeProbe:
@@ -72,12 +76,17 @@ async def test_records_count_up_and_carry_both_clocks_and_the_engine(
 ) -> None:
     clock = Clock(wall_ns=lambda: 1_700_000_000_123_456_789)
     runtime = telemetry_pb2.Runtime(state="serving", decode_tokens_per_s=12.5)
+    governor = telemetry_pb2.Governor(state="WARM", reasons=["temperature"], pace=0.5)
     before = time.monotonic_ns()
-    records = await take(sampling(FakeSource(heat()), lambda: runtime, interval_s=0.02, clock=clock), 3)
+    sampler = sampling(
+        FakeSource(heat()), lambda: runtime, governor=lambda: governor, interval_s=0.02, clock=clock
+    )
+    records = await take(sampler, 3)
     assert [record.sequence for record in records] == [1, 2, 3]
     assert records[0].time.ToNanoseconds() == 1_700_000_000_123_456_789
     assert before <= records[0].monotonic_ns < records[1].monotonic_ns <= time.monotonic_ns()
     assert records[0].runtime == runtime
+    assert records[0].governor == governor
     assert records[0].thermal.max_celsius == 50.0
     assert not records[0].HasField("power")
 
@@ -124,7 +133,7 @@ async def test_a_wedged_sensor_costs_its_part_and_nothing_else(
     records = await take(sampler, 10)
     assert time.monotonic() - started < 3
     assert not any(record.HasField("thermal") for record in records)
-    assert all(record.power.total_mw == 4959.36 and record.HasField("memory") for record in records)
+    assert all(record.power.total_mw == 4959.4 and record.HasField("memory") for record in records)
     assert sum(thread.name == "telemetry-reading" for thread in threading.enumerate()) <= 2
     # It answers again: the thread that waited comes back, and so does the part.
     wedged_again = await asyncio.to_thread(_answer, wedged)
@@ -150,6 +159,7 @@ def test_a_wedged_sensor_does_not_keep_the_agent_from_ending(tmp_path: Path) -> 
     program = f"""
 import asyncio
 from pathlib import Path
+from edgellm_agent.telemetry.rounding import round_floats
 from edgellm_agent.telemetry.sampler import Sampler
 from edgellm_agent.telemetry.sysfs import SysfsSource
 
@@ -182,13 +192,19 @@ async def test_a_probe_that_fails_takes_no_other_along(
         raise RuntimeError("bug")
 
     sampler = sampling(
-        FakeSource(FakeProbe("power", fail), heat()), fail, interval_s=0.02
-    )  # the engine's side fails, too
+        FakeSource(FakeProbe("power", fail), heat()),
+        fail,  # the agent's side fails, too
+        governor=fail,
+        uplink=lambda: telemetry_pb2.Uplink(connected=True),
+        interval_s=0.02,
+    )
     records = await take(sampler, 2)
     assert all(record.thermal.max_celsius == 50.0 for record in records)
-    assert not any(record.HasField("power") or record.HasField("runtime") for record in records)
+    assert all(record.uplink.connected for record in records)
+    assert not any(record.HasField(part) for record in records for part in ("power", "runtime", "governor"))
     assert "telemetry.probe_failed part=power" in caplog.text
-    assert "telemetry.runtime_failed" in caplog.text
+    assert "telemetry.part_failed part=runtime" in caplog.text
+    assert "telemetry.part_failed part=governor" in caplog.text
 
 
 async def test_reading_does_not_hold_the_event_loop(sampling: Callable[..., Sampler]) -> None:
@@ -254,3 +270,58 @@ async def test_the_latest_record_is_there_for_whoever_asks(sampling: Callable[..
     await take(sampler, 1)
     assert sampler.latest is not None
     assert sampler.latest.sequence == 1
+
+
+async def test_energy_and_what_it_was_good_for_are_in_the_record(sampling: Callable[..., Sampler]) -> None:
+    now_ns = 0
+
+    async def sleep(seconds: float) -> None:
+        nonlocal now_ns
+        now_ns += round(seconds * 1e9)
+        await asyncio.sleep(0.001)
+
+    def runtime() -> telemetry_pb2.Runtime:
+        return telemetry_pb2.Runtime(generated_tokens_total=now_ns // 100_000_000)
+
+    ten_watts = FakeProbe("power", lambda: telemetry_pb2.Power(total_mw=10_000))
+    clock = Clock(monotonic_ns=lambda: now_ns, sleep=sleep)
+    records = await take(sampling(FakeSource(ten_watts), runtime, clock=clock), 4)
+    assert [record.power.energy_total_j for record in records] == [0, 10, 20, 30]
+    assert [record.runtime.tokens_per_joule for record in records] == [0, 1, 1, 1]
+
+
+async def test_floats_have_no_more_digits_than_sensors_can_tell(sampling: Callable[..., Sampler]) -> None:
+    zone = telemetry_pb2.ThermalZone(name="cpu", celsius=47.199999999999996, passive_celsius=99)
+    power = telemetry_pb2.Power(rails=[telemetry_pb2.PowerRail(name="VDD", power_mw=4959.359999)])
+    probes = (
+        FakeProbe("thermal", lambda: telemetry_pb2.Thermal(zones=[zone], margin_celsius=51.80000000000001)),
+        FakeProbe("power", lambda: power),
+    )
+
+    def runtime() -> telemetry_pb2.Runtime:
+        return telemetry_pb2.Runtime(
+            decode_tokens_per_s=12.3456789, time_to_first_token=telemetry_pb2.Percentiles(p50_s=0.1234567891)
+        )
+
+    (record,) = await take(sampling(FakeSource(*probes), runtime), 1)
+    assert (record.thermal.zones[0].celsius, record.thermal.margin_celsius) == (47.2, 51.8)
+    assert record.power.rails[0].power_mw == 4959.4
+    assert record.runtime.decode_tokens_per_s == 12.35
+    assert record.runtime.time_to_first_token.p50_s == 0.123457
+
+
+def test_every_float_of_a_record_is_rounded() -> None:
+    def thirds(message: Message) -> None:
+        for field, value in message.ListFields():
+            if field.message_type:
+                for inner in [value] if isinstance(value, Message) else value:
+                    thirds(inner)
+            elif isinstance(value, float):
+                setattr(message, field.name, value / 3 + 1 / 7)
+
+    record = full_record()
+    thirds(record)
+    assert re.search(r"\.\d{7}", str(record))
+    round_floats(record)
+    assert not re.search(r"\.\d{7}", str(record))
+    assert not record.governor.pace.is_integer()
