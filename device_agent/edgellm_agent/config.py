@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import pydantic
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr
@@ -18,7 +19,9 @@ from pydantic_settings import (
 
 from edgellm.errors import EdgellmError
 from edgellm.memory import PREFILL_TOKENS
+from edgellm_agent.http.settings import MetricsSettings
 from edgellm_agent.mqtt.settings import MqttSettings
+from edgellm_agent.telemetry.detect import source_setting
 
 DeviceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
@@ -96,9 +99,13 @@ class AgentSettings(BaseSettings):
         default=Path("/"),
         description="where /proc/meminfo and its like are read; another one is for tests",
     )
+    telemetry_source: Annotated[str, AfterValidator(source_setting)] = Field(
+        default="auto", description="auto, sysfs, host, jtop, or replay:FILE[?speed=N]"
+    )
     telemetry_interval_s: float = Field(default=1.0, ge=0.1, le=3600)
     mqtt: MqttSettings | None = None
     http: HttpSettings | None = None
+    metrics: MetricsSettings | None = None
 
     @classmethod
     def settings_customise_sources(
@@ -109,12 +116,12 @@ class AgentSettings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Environment before file."""
-        return env_settings, init_settings, TomlConfigSettingsSource(settings_cls)
+        """What the command line says before the environment, and that before the file."""
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
 
 
-def load_settings(path: Path | None) -> AgentSettings:
-    """Reads the file and the environment; raises EdgellmError that names the field."""
+def load_settings(path: Path | None, overrides: Mapping[str, Any] | None = None) -> AgentSettings:
+    """Reads file and environment; `overrides` go before both. Raises EdgellmError that names the field."""
 
     class FromFile(AgentSettings):
         model_config = SettingsConfigDict(toml_file=path)
@@ -122,7 +129,7 @@ def load_settings(path: Path | None) -> AgentSettings:
     if path is not None and not path.is_file():
         raise EdgellmError(f"no settings file {path}", "give an existing one with --config")
     try:
-        return FromFile()
+        return FromFile(**(overrides or {}))
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in first["loc"])

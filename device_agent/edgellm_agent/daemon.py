@@ -14,9 +14,9 @@ from importlib import metadata
 from typing import TYPE_CHECKING
 
 from edgellm.profiles import load_profile
-from edgellm.v1 import telemetry_pb2
 from edgellm_agent.config import AgentSettings, HttpSettings
 from edgellm_agent.engine.supervisor import Serving
+from edgellm_agent.http.settings import MetricsSettings
 from edgellm_agent.lifecycle import EngineManager, Policy
 from edgellm_agent.memory import MemoryPolicy
 from edgellm_agent.mqtt.publisher import MqttPublisher
@@ -26,7 +26,7 @@ from edgellm_agent.services.engines import EngineServicer
 from edgellm_agent.services.inference import InferenceServicer
 from edgellm_agent.services.server import Server
 from edgellm_agent.store import Store
-from edgellm_agent.telemetry.detect import detect_source
+from edgellm_agent.telemetry.detect import open_source
 from edgellm_agent.telemetry.sampler import Sampler
 
 if TYPE_CHECKING:
@@ -57,9 +57,10 @@ async def running(settings: AgentSettings) -> AsyncIterator[EngineManager]:
     manager = _manager(settings)
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(manager.close)
-        sampler = Sampler(
-            detect_source(), lambda: _runtime(manager), interval_s=settings.telemetry_interval_s
-        )
+        source = open_source(settings.telemetry_source, settings.root)
+        # Off the loop: a helper process may take a second to end.
+        stack.push_async_callback(asyncio.to_thread, source.close)
+        sampler = Sampler(source, manager.runtime, interval_s=settings.telemetry_interval_s)
         server = Server(
             InferenceServicer(manager), EngineServicer(manager), DeviceServicer(identity, manager, sampler)
         )
@@ -71,6 +72,10 @@ async def running(settings: AgentSettings) -> AsyncIterator[EngineManager]:
             http = _http_server(settings.http, manager, sampler)
             await http.start()
             listening.append(http)
+        if settings.metrics is not None:
+            metrics = _metrics_server(settings.metrics, manager, sampler)
+            await metrics.start()
+            listening.append(metrics)
         # Closed before the server stops: calls that watch telemetry would otherwise use up its grace.
         sampler.start()
         stack.push_async_callback(sampler.close)
@@ -106,6 +111,13 @@ def _http_server(settings: HttpSettings, manager: EngineManager, sampler: Sample
     from edgellm_agent.http.server import HttpServer  # noqa: PLC0415
 
     return HttpServer(Api(manager, sampler, settings).app(), settings.listen, settings.max_connections)
+
+
+def _metrics_server(settings: MetricsSettings, manager: EngineManager, sampler: Sampler) -> HttpServer:
+    from edgellm_agent.http.metrics import Metrics  # noqa: PLC0415
+    from edgellm_agent.http.server import HttpServer  # noqa: PLC0415
+
+    return HttpServer(Metrics(manager, sampler).app(), settings.listen, settings.max_connections)
 
 
 async def _stop(servers: list[Server | HttpServer], grace_s: float) -> None:
@@ -166,11 +178,6 @@ def _publisher(settings: AgentSettings, identity: Identity, sampler: Sampler) ->
         agent_version=identity.agent_version,
         profile=settings.profile,
     )
-
-
-def _runtime(manager: EngineManager) -> telemetry_pb2.Runtime:
-    engine = manager.running
-    return telemetry_pb2.Runtime(state="none") if engine is None else engine.runtime()
 
 
 def _runtimes() -> dict[str, str]:

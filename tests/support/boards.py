@@ -3,6 +3,9 @@
 No board stood beside this: the trees are rebuilt from public references (the kernel's thermal, hwmon, ina3221
 and ina238 documentation, Tegra device trees, jetson-stats and users' listings of Orin and Thor). The figures
 in them are plausible, not measured. The files are real, so the real readers run over them.
+
+Of Thor, listings show five zones with a critical trip point at 114.5 °C, of which the GPU's gives EAGAIN
+while it is idle, the rails, and an INA238 at the carrier board's input; none shows a passive trip point.
 """
 
 from dataclasses import dataclass
@@ -28,7 +31,10 @@ class Board:
     # mV, mA, µW.
     ina238: tuple[int, int, int] | None = None
     gpu_load: str | None = "sys/devices/platform/gpu.0/load"
-    trips: tuple[int, int] | None = (99_000, 104_500)
+    # Passive and critical; None where no public listing shows one.
+    trips: tuple[int | None, int] = (99_000, 104_500)
+    # Of Jetson Linux: release and revision, and its kernel.
+    release: tuple[int, str, str] = (36, "4.3", "5.15.148-tegra")
 
 
 ORIN_NANO = Board(
@@ -67,10 +73,18 @@ AGX_ORIN = Board(
     total_kib=64_349_000,
     available_kib=60_112_000,
     policies={"policy0": 2_201_600, "policy4": 2_201_600, "policy8": 2_201_600},
+    # Its GPU's node has the name of JetPack 5.
+    release=(35, "6.0", "5.10.216-tegra"),
 )
 THOR = Board(
     compatible="nvidia,p4071-0000+p3834-0008\0nvidia,p3834-0008\0nvidia,tegra264\0",
-    zones={"cpu-thermal": 41_000, "gpu-thermal": 40_250, "soc012-thermal": 40_500, "tj-thermal": 41_500},
+    zones={
+        "cpu-thermal": 41_000,
+        "gpu-thermal": None,
+        "soc012-thermal": 40_500,
+        "soc345-thermal": 40_750,
+        "tj-thermal": 41_500,
+    },
     ina3221={
         "2-0040": [("VDD_GPU", 20_100, 120), ("VDD_CPU_SOC_MSS", 20_100, 240), ("VIN_SYS_5V0", 5000, 970)]
     },
@@ -84,7 +98,8 @@ THOR = Board(
     total_kib=128_820_000,
     available_kib=120_004_000,
     policies={"policy0": 2_601_000, "policy12": 2_601_000},
-    trips=None,
+    trips=(None, 114_500),
+    release=(38, "2.0", "6.8.12-tegra"),
 )
 BOARDS = {"orin-nano": ORIN_NANO, "agx-orin": AGX_ORIN, "thor": THOR}
 
@@ -92,6 +107,9 @@ BOARDS = {"orin-nano": ORIN_NANO, "agx-orin": AGX_ORIN, "thor": THOR}
 def build(root: Path, board: Board) -> Path:
     """Write a board's tree below a root and give the root."""
     write(root, "proc/device-tree/compatible", board.compatible)
+    major, revision, kernel = board.release
+    write(root, "proc/sys/kernel/osrelease", f"{kernel}\n")
+    write(root, "etc/nv_tegra_release", f"# R{major} (release), REVISION: {revision}, BOARD: generic\n")
     _thermal(root, board)
     for hwmon, (address, channels) in enumerate(board.ina3221.items(), start=1):
         _ina3221(root, f"sys/bus/i2c/devices/{address}/hwmon/hwmon{hwmon}", channels)
@@ -137,9 +155,9 @@ def _thermal(root: Path, board: Board) -> None:
             (root / zone / "temp").mkdir()
         else:
             write(root, f"{zone}/temp", f"{milli}\n")
-        if board.trips is not None:
-            points = (("critical", board.trips[1]), ("passive", board.trips[0]), ("active", 51_000))
-            for point, (kind, temperature) in enumerate(points):
+        points = (("critical", board.trips[1]), ("active", 51_000), ("passive", board.trips[0]))
+        for point, (kind, temperature) in enumerate(points):
+            if temperature is not None:
                 write(root, f"{zone}/trip_point_{point}_type", f"{kind}\n")
                 write(root, f"{zone}/trip_point_{point}_temp", f"{temperature}\n")
 
@@ -150,7 +168,9 @@ def _ina3221(root: Path, folder: str, channels: list[tuple[str, int, int]]) -> N
         write(root, f"{folder}/in{channel}_label", f"{label}\n")
         write(root, f"{folder}/in{channel}_input", f"{mv}\n")
         write(root, f"{folder}/curr{channel}_input", f"{ma}\n")
+        write(root, f"{folder}/in{channel}_enable", "1\n")
         write(root, f"{folder}/curr{channel}_crit", "32760\n")
+        write(root, f"{folder}/curr{channel}_crit_alarm", "0\n")
         write(root, f"{folder}/in{channel + 3}_input", "800\n")
     write(root, f"{folder}/in7_label", "sum of shunt voltages\n")
     write(root, f"{folder}/in7_input", "2400\n")

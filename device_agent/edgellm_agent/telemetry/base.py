@@ -43,8 +43,14 @@ class Source(Protocol):
 
     @property
     def name(self) -> str:
-        """For the log: "sysfs", "host"."""
+        """For the log: "sysfs", "host", "jtop", "replay"."""
 
     @property
     def probes(self) -> tuple[Probe, ...]:
         """At most one per part."""
+
+    def close(self) -> None:
+        """Let go of processes, threads and files.
+
+        No probe is read after it; a second call does nothing.
+        """

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from edgellm.v1 import telemetry_pb2
 from edgellm_agent.telemetry.base import Clock, PartName
-from edgellm_agent.telemetry.files import Discovery, natural, read_number, read_text
+from edgellm_agent.telemetry.files import Discovery, Wanted, natural, read_number, read_text
 
 # The integrated GPU by JetPack release and chip: Orin, Orin before JetPack 6, Thor.
 _GPU_CLOCKS = ("17000000.gpu", "17000000.ga10b", "gpu-gpc-0")
@@ -13,6 +13,13 @@ _GPU_LOADS = (
     "sys/devices/platform/gpu.0/load",
     "sys/devices/gpu.0/load",
     *(f"sys/class/devfreq/{name}/device/load" for name in _GPU_CLOCKS),
+)
+_CPU_CLOCKS = "sys/devices/system/cpu/cpufreq"
+FILES = (
+    Wanted("proc/stat", lines="cpu "),
+    Wanted(f"{_CPU_CLOCKS}/policy*/scaling_cur_freq"),
+    *(Wanted(path) for path in _GPU_LOADS),
+    *(Wanted(f"sys/class/devfreq/{name}/{end}_freq") for name in _GPU_CLOCKS for end in ("cur", "max")),
 )
 _MAX_KHZ, _MAX_HZ = 10_000_000, 10_000_000_000
 
@@ -94,7 +101,7 @@ class ComputeProbe:
 def _nodes(root: Path) -> _Nodes:
     clocks = [root / "sys/class/devfreq" / name for name in _GPU_CLOCKS]
     return _Nodes(
-        cpu_clocks=tuple(sorted((root / "sys/devices/system/cpu/cpufreq").glob("policy*/scaling_cur_freq"))),
+        cpu_clocks=tuple(sorted((root / _CPU_CLOCKS).glob("policy*/scaling_cur_freq"))),
         gpu_load=next((root / path for path in _GPU_LOADS if (root / path).exists()), None),
         gpu_clock=next((path for path in clocks if path.exists()), None),
     )

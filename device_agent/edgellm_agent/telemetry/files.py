@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -17,18 +18,32 @@ _RENEW_S = 60.0
 Found = TypeVar("Found")
 
 
-def _read(path: Path, limit: int) -> bytes | None:
-    """Give the first bytes of a file; None where it cannot be read (absent, gated, offline)."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except (OSError, ValueError):
-        return None
+@dataclass(frozen=True)
+class Wanted:
+    """Files that a reader looks at: a pattern below the root, and of a table only the lines that matter.
+
+    Each reader keeps its list beside it; recordings hold these files and no others.
+    """
+
+    pattern: str
+    # A regular expression for the beginning of a line; None keeps the file whole.
+    lines: str | None = None
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """Give the first bytes of a file; raises OSError where it cannot be read (absent, gated, offline)."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         return os.read(descriptor, limit)
-    except OSError:
-        return None
     finally:
         os.close(descriptor)
+
+
+def _read(path: Path, limit: int) -> bytes | None:
+    try:
+        return read_bytes(path, limit)
+    except (OSError, ValueError):
+        return None
 
 
 def read_text(path: Path, limit: int = 4096) -> str | None:

@@ -78,6 +78,9 @@ class HostSource:
     def __init__(self, root: Path = Path("/")) -> None:
         self.probes: tuple[Probe, ...] = (_Thermal(), _Compute(), _Memory(root))
 
+    def close(self) -> None:
+        """Nothing is held open."""
+
 
 def _plausible(celsius: float | None) -> bool:
     return celsius is not None and math.isfinite(celsius) and -60 <= celsius <= 200

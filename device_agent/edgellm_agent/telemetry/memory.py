@@ -5,9 +5,15 @@ from pathlib import Path
 
 from edgellm.v1 import telemetry_pb2
 from edgellm_agent.telemetry.base import PartName
-from edgellm_agent.telemetry.files import natural, read_text
+from edgellm_agent.telemetry.files import Wanted, natural, read_text
 
 _MEMINFO = re.compile(r"^(MemTotal|MemAvailable):\s+([0-9]{1,15}) kB$", re.MULTILINE)
+_PRESSURE_FILE = "proc/pressure/memory"
+FILES = (
+    Wanted("proc/meminfo", lines="Mem(Total|Available):"),
+    Wanted("proc/swaps"),
+    Wanted(_PRESSURE_FILE, lines="some "),
+)
 _PRESSURE = re.compile(r"^some avg10=([0-9]{1,3}\.[0-9]{2}) ")
 
 
@@ -38,7 +44,7 @@ class MemoryProbe:
 
 def pressure_some_percent(root: Path) -> float | None:
     """Give the share of the last 10 s in which some task waited for memory, 0 to 100; None without PSI."""
-    match = _PRESSURE.match(read_text(root / "proc/pressure/memory") or "")
+    match = _PRESSURE.match(read_text(root / _PRESSURE_FILE) or "")
     return float(match[1]) if match and float(match[1]) <= 100 else None
 
 

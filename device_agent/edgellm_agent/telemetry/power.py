@@ -7,12 +7,32 @@ from pathlib import Path
 
 from edgellm.v1 import telemetry_pb2
 from edgellm_agent.telemetry.base import Clock, PartName
-from edgellm_agent.telemetry.files import Discovery, natural, read_number, read_text
+from edgellm_agent.telemetry.files import Discovery, Wanted, natural, read_number, read_text
 
 _MAX_MV, _MAX_MA, _MAX_UW = 100_000, 100_000, 1_000_000_000
 # Rails that measure the input of the whole module (Orin Nano and NX, Thor).
 _INPUTS = ("VDD_IN", "VIN")
 _OVER_CURRENT = (("oc1", "under_voltage"), ("oc2", "average"), ("oc3", "instantaneous"))
+_MONITORS = "sys/bus/i2c/devices"
+_HWMON = "sys/class/hwmon"
+FILES = (
+    *(
+        Wanted(f"{_MONITORS}/*/hwmon/hwmon*/{name}")
+        for name in (
+            "name",
+            "label",
+            "in[1-3]_label",
+            "in[1-3]_input",
+            "in[1-3]_enable",
+            "curr[1-3]_input",
+            "power1_input",
+        )
+    ),
+    Wanted(f"{_HWMON}/hwmon*/name"),
+    Wanted(f"{_HWMON}/hwmon*/oc[1-3]_event_cnt"),
+    Wanted("var/lib/nvpmodel/status"),
+    Wanted("etc/nvpmodel.conf", lines=r"<\s*POWER_MODEL\s"),
+)
 _MODE = re.compile(r"<\s*POWER_MODEL\s+ID=([0-9]{1,4})\s+NAME=([^\s>]+)\s*>")
 
 
@@ -46,7 +66,7 @@ class PowerProbe:
 
     def __init__(self, root: Path, clock: Clock) -> None:
         self._rails = Discovery(lambda: list(_rails(root)), clock)
-        self._counters = Discovery(lambda: list(_counters(root)), clock)
+        self._counters = OverCurrentCounters(root, clock)
         self._mode = _PowerMode(root)
 
     def read(self) -> telemetry_pb2.Power | None:
@@ -62,12 +82,25 @@ class PowerProbe:
         total_mw = _total_mw({rail.name for rail in known}, read)
         if total_mw is not None:
             power.total_mw = total_mw
+        power.over_current.extend(self._counters.read())
+        return power if power.rails or power.over_current or power.mode else None
+
+
+class OverCurrentCounters:
+    """The `soctherm_oc` counters."""
+
+    def __init__(self, root: Path, clock: Clock) -> None:
+        self._counters = Discovery(lambda: list(_counters(root)), clock)
+
+    def read(self) -> list[telemetry_pb2.OverCurrent]:
+        """Give the counters that answer."""
+        counted = []
         for kind, path in self._counters.get():
             if (events := read_number(path, 0, 2**48)) is None:
                 self._counters.missed(path)
             else:
-                power.over_current.add(kind=kind, events=events)
-        return power if power.rails or power.over_current or power.mode else None
+                counted.append(telemetry_pb2.OverCurrent(kind=kind, events=events))
+        return counted
 
 
 def _total_mw(known: set[str], read: dict[str, float]) -> float | None:
@@ -83,7 +116,7 @@ def _total_mw(known: set[str], read: dict[str, float]) -> float | None:
 
 
 def _rails(root: Path) -> Iterator[_Rail]:
-    for folder in sorted((root / "sys/bus/i2c/devices").glob("*/hwmon/hwmon*")):
+    for folder in sorted((root / _MONITORS).glob("*/hwmon/hwmon*")):
         chip = read_text(folder / "name")
         if chip == "ina238":
             # in0 is the shunt, in1 the bus. Boards that do not label it have it at their input.
@@ -93,12 +126,14 @@ def _rails(root: Path) -> Iterator[_Rail]:
             # Channels 4 to 6 are shunt voltages and 7 their sum.
             for channel in (1, 2, 3):
                 label = read_text(folder / f"in{channel}_label")
-                if label and label != "NC":
+                # A channel that is switched off answers nothing for good; it is no rail that fails to answer.
+                off = read_number(folder / f"in{channel}_enable", 0, 1) == 0
+                if label and label != "NC" and not off:
                     yield _Rail(label, folder / f"in{channel}_input", folder / f"curr{channel}_input")
 
 
 def _counters(root: Path) -> Iterator[tuple[str, Path]]:
-    for folder in sorted((root / "sys/class/hwmon").glob("hwmon*")):
+    for folder in sorted((root / _HWMON).glob("hwmon*")):
         if read_text(folder / "name") == "soctherm_oc":
             for name, kind in _OVER_CURRENT:
                 path = folder / f"{name}_event_cnt"

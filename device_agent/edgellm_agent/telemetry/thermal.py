@@ -5,14 +5,20 @@ from pathlib import Path
 
 from edgellm.v1 import telemetry_pb2
 from edgellm_agent.telemetry.base import Clock, PartName
-from edgellm_agent.telemetry.files import Discovery, read_number, read_text
+from edgellm_agent.telemetry.files import Discovery, Wanted, read_number, read_text
 
 # m°C that silicon can have; a zone that is off answers with a figure far outside, or with an error.
 _COLDEST, _HOTTEST = -60_000, 200_000
+FILES = tuple(
+    Wanted(f"sys/class/thermal/thermal_zone*/{name}")
+    for name in ("type", "temp", "trip_point_*_type", "trip_point_*_temp")
+)
 
 
 @dataclass(frozen=True)
-class _Zone:
+class Zone:
+    """A zone as the kernel registered it; a trip point is None where it has none of the kind."""
+
     name: str
     temperature: Path
     passive_celsius: float | None
@@ -25,38 +31,43 @@ class ThermalProbe:
     part: PartName = "thermal"
 
     def __init__(self, root: Path, clock: Clock) -> None:
-        self._zones = Discovery(lambda: _zones(root), clock)
+        self._zones = Discovery(lambda: find_zones(root), clock)
 
     def read(self) -> telemetry_pb2.Thermal | None:
         """Give all zones that answer; None if none does."""
         thermal = telemetry_pb2.Thermal()
-        margins = []
         for zone in self._zones.get():
             milli = read_number(zone.temperature, _COLDEST, _HOTTEST)
             if milli is None:
                 self._zones.missed(zone.temperature)
                 continue
-            celsius = milli / 1000
             thermal.zones.add(
                 name=zone.name,
-                celsius=celsius,
+                celsius=milli / 1000,
                 passive_celsius=zone.passive_celsius,
                 critical_celsius=zone.critical_celsius,
             )
-            if zone.passive_celsius is not None:
-                margins.append(zone.passive_celsius - celsius)
-        if not thermal.zones:
-            return None
-        thermal.max_celsius = max(zone.celsius for zone in thermal.zones)
-        if margins:
-            thermal.margin_celsius = round(min(margins), 3)
-        return thermal
+        return summed_up(thermal)
 
 
-def _zones(root: Path) -> list[_Zone]:
+def summed_up(thermal: telemetry_pb2.Thermal) -> telemetry_pb2.Thermal | None:
+    """Give the part with its hottest zone and its margin; None if it has no zone."""
+    if not thermal.zones:
+        return None
+    thermal.max_celsius = max(zone.celsius for zone in thermal.zones)
+    margins = [
+        zone.passive_celsius - zone.celsius for zone in thermal.zones if zone.HasField("passive_celsius")
+    ]
+    if margins:
+        thermal.margin_celsius = round(min(margins), 3)
+    return thermal
+
+
+def find_zones(root: Path) -> list[Zone]:
+    """Give the kernel's zones, whether they answer or not."""
     folders = (root / "sys/class/thermal").glob("thermal_zone*")
     return [
-        _Zone(name, folder / "temp", _trip(folder, "passive"), _trip(folder, "critical"))
+        Zone(name, folder / "temp", _trip(folder, "passive"), _trip(folder, "critical"))
         for folder in sorted(folders, key=lambda path: (len(path.name), path.name))
         if (name := read_text(folder / "type"))
     ]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from edgellm.v1 import telemetry_pb2
 from edgellm_agent.telemetry.base import Clock
 from edgellm_agent.telemetry.detect import detect_source
-from edgellm_agent.telemetry.sysfs import SysfsSource
+from edgellm_agent.telemetry.sysfs import SysfsSource, board_name, l4t_release
 from tests.support import boards
 
 
@@ -98,11 +98,43 @@ def test_a_thor_reports_the_power_that_its_input_monitor_measures(tmp_path: Path
     assert not record.compute.HasField("gpu_percent")
 
 
-def test_without_trip_points_there_is_no_margin(tmp_path: Path) -> None:
+def test_without_a_passive_trip_point_there_is_no_margin(tmp_path: Path) -> None:
     thermal = read(SysfsSource(boards.build(tmp_path, boards.THOR))).thermal
+    assert [zone.name for zone in thermal.zones] == [
+        "cpu-thermal",
+        "soc012-thermal",
+        "soc345-thermal",
+        "tj-thermal",
+    ]
+    assert {zone.critical_celsius for zone in thermal.zones} == {114.5}
     assert thermal.max_celsius == 41.5
     assert not thermal.HasField("margin_celsius")
     assert not any(zone.HasField("passive_celsius") for zone in thermal.zones)
+
+
+def test_a_channel_that_is_switched_off_is_no_rail_that_fails_to_answer(tmp_path: Path) -> None:
+    root = boards.build(tmp_path, boards.AGX_ORIN)
+    monitor = root / "sys/bus/i2c/devices/1-0041/hwmon/hwmon2"
+    (monitor / "in2_enable").write_text("0\n")
+    # What the driver gives for such a channel is an error.
+    (monitor / "in2_input").unlink()
+    record = read(SysfsSource(root))
+    assert list(rails(record)) == ["VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0"]
+    assert record.power.total_mw == pytest.approx(11_552.504)
+
+
+def test_a_board_is_named_by_its_most_special_compatible_string_and_its_release(tmp_path: Path) -> None:
+    told = {
+        name: (board_name(root), l4t_release(root))
+        for name, board in boards.BOARDS.items()
+        for root in [boards.build(tmp_path / name, board)]
+    }
+    assert told == {
+        "orin-nano": ("nvidia,p3768-0000+p3767-0005", "R36.4.3"),
+        "agx-orin": ("nvidia,p3737-0000+p3701-0005", "R35.6.0"),
+        "thor": ("nvidia,p4071-0000+p3834-0008", "R38.2.0"),
+    }
+    assert (board_name(tmp_path), l4t_release(tmp_path)) == ("", "")
 
 
 def test_processor_load_is_the_share_between_two_records(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Recordings that come with the agent; made by `scripts/scenarios.py`."""
