@@ -18,6 +18,7 @@ from edgellm_agent.config import AgentSettings, HttpSettings
 from edgellm_agent.engine.supervisor import Serving
 from edgellm_agent.http.settings import MetricsSettings
 from edgellm_agent.lifecycle import EngineManager, Policy
+from edgellm_agent.logs import recording
 from edgellm_agent.memory import MemoryPolicy
 from edgellm_agent.mqtt.publisher import MqttPublisher
 from edgellm_agent.registry import Registry
@@ -56,13 +57,16 @@ async def running(settings: AgentSettings) -> AsyncIterator[EngineManager]:
     identity = Identity(settings.device, metadata.version("edgellm"))
     manager = _manager(settings)
     async with contextlib.AsyncExitStack() as stack:
+        ring = stack.enter_context(recording())
         stack.push_async_callback(manager.close)
         source = open_source(settings.telemetry_source, settings.root)
         # Off the loop: a helper process may take a second to end.
         stack.push_async_callback(asyncio.to_thread, source.close)
         sampler = Sampler(source, manager.runtime, interval_s=settings.telemetry_interval_s)
         server = Server(
-            InferenceServicer(manager), EngineServicer(manager), DeviceServicer(identity, manager, sampler)
+            InferenceServicer(manager),
+            EngineServicer(manager),
+            DeviceServicer(identity, manager, sampler, ring),
         )
         listening: list[Server | HttpServer] = []
         stack.push_async_callback(_stop, listening, settings.drain_s)
@@ -79,6 +83,7 @@ async def running(settings: AgentSettings) -> AsyncIterator[EngineManager]:
         # Closed before the server stops: calls that watch telemetry would otherwise use up its grace.
         sampler.start()
         stack.push_async_callback(sampler.close)
+        stack.callback(ring.close)
         publisher = _publisher(settings, identity, sampler)
         if publisher is not None:
             publisher.start()

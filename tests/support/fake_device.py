@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterator
 from concurrent import futures
@@ -48,10 +49,16 @@ class FakeDevice:
     busy_for_s: float | None = None
     activation_fails: bool = False
     stalls: bool = False
+    # What is sent, over and over; without any, records that are empty but for their number.
+    records: list[telemetry_pb2.Telemetry] = field(default_factory=list)
+    log: list[device_pb2.LogLine] = field(default_factory=list)
+    # Set once it is to send nothing more, as if its plug were pulled: connections live on.
+    mute: threading.Event = field(default_factory=threading.Event)
     # What was seen.
     uploads: list[tuple[str, int]] = field(default_factory=list)
     requests: list[inference_pb2.GenerateRequest] = field(default_factory=list)
     clients: list[str] = field(default_factory=list)
+    log_requests: list[device_pb2.WatchLogsRequest] = field(default_factory=list)
     cancelled: threading.Event = field(default_factory=threading.Event)
 
 
@@ -106,11 +113,48 @@ class FakeDeviceService(device_pb2_grpc.DeviceServiceServicer):
         return device_pb2.GetMemoryPlanResponse(plan=plan(self.device, config))
 
     def WatchTelemetry(self, request, context):
-        context.add_callback(self.device.cancelled.set)
-        sequence = 0
-        while not self.device.cancelled.wait(request.interval_s if sequence else 0):
-            sequence += 1
-            yield device_pb2.WatchTelemetryResponse(telemetry=telemetry_pb2.Telemetry(sequence=sequence))
+        gone = self.gone(context)
+        for sequence in itertools.count(1):
+            if self.device.mute.is_set():
+                gone.wait(10)
+            elif gone.wait(request.interval_s if sequence > 1 else 0):
+                return
+            record = telemetry_pb2.Telemetry(sequence=sequence)
+            if self.device.records:
+                record = self.device.records[(sequence - 1) % len(self.device.records)]
+            yield device_pb2.WatchTelemetryResponse(telemetry=record)
+
+    def WatchLogs(self, request, context):
+        gone = self.gone(context)
+        if request.lines > 2000:
+            violation = error_details_pb2.BadRequest.FieldViolation(field="lines", description="too many")
+            refuse(
+                context,
+                code_pb2.INVALID_ARGUMENT,
+                "lines: at most 2000 are kept",
+                error_details_pb2.BadRequest(field_violations=[violation]),
+            )
+        self.device.log_requests.append(request)
+        sent = max(0, len(self.device.log) - request.lines)
+        while not gone.is_set():
+            for line in self.device.log[sent:]:
+                yield device_pb2.WatchLogsResponse(line=line)
+                sent += 1
+            if not request.follow:
+                return
+            gone.wait(0.02)
+
+    def gone(self, context: grpc.ServicerContext) -> threading.Event:
+        """Is set when the client has gone away."""
+        event = threading.Event()
+
+        def went() -> None:
+            event.set()
+            self.device.cancelled.set()
+
+        if not context.add_callback(went):
+            went()
+        return event
 
 
 class FakeEngineService(engines_pb2_grpc.EngineServiceServicer):

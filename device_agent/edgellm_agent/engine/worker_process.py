@@ -6,14 +6,17 @@ import asyncio
 import contextlib
 import logging
 import os
+import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import cast
 
 from edgellm.v1 import inference_pb2, worker_pb2
 from edgellm_agent import errors, ipc
 from edgellm_agent.engine.figures import AnswerWatch, Totals
+from edgellm_agent.engine.worker_output import WorkerOutput
 
 log = logging.getLogger(__name__)
 
@@ -21,6 +24,7 @@ log = logging.getLogger(__name__)
 _CREDIT_TOKENS = 64
 _SLACK_STREAMS = 16
 _CLOSE_S = 5.0
+_OUTPUT_CLOSE_S = 2.0
 _PLAIN_ERRORS: dict[worker_pb2.FailureKind.ValueType, Callable[[str], errors.AgentError]] = {
     worker_pb2.FAILURE_KIND_BUSY: errors.BusyError,
     worker_pb2.FAILURE_KIND_CANCELLED: errors.CancelledError,
@@ -41,9 +45,12 @@ class WorkerProcess:
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         client_streams: int,
+        *,
         totals: Totals,
+        output: WorkerOutput,
     ) -> None:
         self._process = process
+        self._output = output
         self._reader = reader
         self._writer = writer
         # The worker refuses, and fairly; here is only what one client, and all of them, may have under way.
@@ -76,12 +83,15 @@ class WorkerProcess:
                 str(theirs.fileno()),
                 pass_fds=(theirs.fileno(),),
                 stdin=asyncio.subprocess.DEVNULL,
+                stderr=asyncio.subprocess.PIPE,
                 # An arena for each thread keeps what another could use: 6 MB of a plan that counts every one.
                 env={**os.environ, "MALLOC_ARENA_MAX": "1"},
             )
             undo.pop_all()
+        output = WorkerOutput(cast("asyncio.StreamReader", process.stderr), process.pid)
         reader, writer = await asyncio.open_unix_connection(sock=ours)
-        worker = cls(process, reader, writer, load.plan.max_sequences + load.max_waiting, totals or Totals())
+        streams = load.plan.max_sequences + load.max_waiting
+        worker = cls(process, reader, writer, streams, totals=totals or Totals(), output=output)
         try:
             await asyncio.wait_for(worker._load(load), timeout_s)
         except BaseException as error:
@@ -168,6 +178,7 @@ class WorkerProcess:
             await self._process.wait()
         if self._reading is not None:
             await self._reading
+        await self._output.close(_OUTPUT_CLOSE_S)
 
     def cancel(self, stream_id: int) -> None:
         """Asks the worker to end a request."""
@@ -213,8 +224,10 @@ class WorkerProcess:
             self.death = str(error)
         except Exception:
             log.exception("worker %d sent what makes no sense, killed", self.pid)
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
+        if self._process.returncode is None:
+            # Not `process.kill()`: it polls, and may take the exit status away from asyncio.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
         self.death = self.death or _why(await self._process.wait())
         self.dead.set()
         self._drained.set()

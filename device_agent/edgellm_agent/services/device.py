@@ -1,8 +1,9 @@
-"""DeviceService: what the device is, how its memory is divided, how it feels."""
+"""DeviceService: what the device is, how its memory is divided, how it feels, what its agent logs."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass
 
 import psutil
@@ -11,10 +12,12 @@ from edgellm.bundle.config import EngineConfig
 from edgellm.v1 import device_pb2, device_pb2_grpc
 from edgellm_agent.errors import InvalidError
 from edgellm_agent.lifecycle import EngineManager
+from edgellm_agent.logs import LEVELS, LogRing
 from edgellm_agent.services import status
 from edgellm_agent.telemetry.sampler import Sampler
 
 _SHORTEST_INTERVAL_S = 0.1
+_LOG_LINES = 100
 
 
 @dataclass(frozen=True)
@@ -26,12 +29,13 @@ class Identity:
 
 
 class DeviceServicer(device_pb2_grpc.DeviceServiceServicer):
-    """Info, memory plan, telemetry."""
+    """Info, memory plan, telemetry, log."""
 
-    def __init__(self, identity: Identity, manager: EngineManager, sampler: Sampler) -> None:
+    def __init__(self, identity: Identity, manager: EngineManager, sampler: Sampler, ring: LogRing) -> None:
         self._identity = identity
         self._manager = manager
         self._sampler = sampler
+        self._ring = ring
 
     @status.unary
     async def GetInfo(
@@ -80,3 +84,18 @@ class DeviceServicer(device_pb2_grpc.DeviceServiceServicer):
             raise InvalidError("interval_s", f"must be at least {_SHORTEST_INTERVAL_S}, not {interval_s}")
         async for record in self._sampler.records(interval_s):
             yield device_pb2.WatchTelemetryResponse(telemetry=record)
+
+    @status.stream
+    async def WatchLogs(
+        self,
+        request: device_pb2.WatchLogsRequest,
+        context: status.Context,
+    ) -> AsyncGenerator[device_pb2.WatchLogsResponse, None]:
+        lines, level = request.lines or _LOG_LINES, request.level or "INFO"
+        if lines > self._ring.max_lines:
+            raise InvalidError("lines", f"at most {self._ring.max_lines} are kept, not {lines}")
+        if level not in LEVELS:
+            raise InvalidError("level", f"must be one of {', '.join(LEVELS)}, not {level!r:.40}")
+        async with aclosing(self._ring.read(lines, LEVELS[level], follow=request.follow)) as found:
+            async for line in found:
+                yield device_pb2.WatchLogsResponse(line=line)

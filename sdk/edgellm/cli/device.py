@@ -2,15 +2,46 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from enum import Enum
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgellm.cli.output import JsonOption, human_bytes, print_facts, print_json, print_table
+from edgellm.cli.output import (
+    IntervalOption,
+    JsonOption,
+    human_bytes,
+    message_facts,
+    print_facts,
+    print_json,
+    print_table,
+    printable,
+)
 
-app = typer.Typer(help="Name devices, and see what they are.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from edgellm.client import Client, LogLine
+    from edgellm.v1.telemetry_pb2 import Governor, Telemetry
+
+app = typer.Typer(help="Name devices, and see what they are and do.", no_args_is_help=True)
 
 NameArgument = Annotated[str, typer.Argument(help="Name of the device.")]
+# A log may say nothing for hours: after so long the device is asked whether it is there.
+_QUIET_S = 15.0
+_GOVERNOR_S = 1.0
+_LEVEL_COLORS = {"WARNING": typer.colors.YELLOW, "ERROR": typer.colors.RED, "CRITICAL": typer.colors.RED}
+
+
+class Level(str, Enum):
+    """Least level of a line."""
+
+    DEBUG = "DEBUG"
+    INFO = "INFO"
+    WARNING = "WARNING"
+    ERROR = "ERROR"
 
 
 @app.command()
@@ -54,9 +85,9 @@ def info(name: NameArgument, json_: JsonOption = False) -> None:
     from edgellm.client import Client
 
     with Client.for_device(name) as client:
-        facts = client.info()
+        facts, governor = client.info(), _governor(client)
     if json_:
-        print_json(facts)
+        print_json({**asdict(facts), "governor": None if governor is None else message_facts(governor)})
         return
     memory = (
         f"{human_bytes(facts.memory_available_bytes)} of {human_bytes(facts.memory_total_bytes)} available"
@@ -73,8 +104,133 @@ def info(name: NameArgument, json_: JsonOption = False) -> None:
             ("memory", memory),
             ("disk", f"{human_bytes(facts.disk_free_bytes)} free"),
             ("engine", facts.active_engine or "none"),
+            *([] if governor is None else [("governor", ", ".join([governor.state, *governor.reasons]))]),
         ]
     )
+
+
+def _governor(client: Client) -> Governor | None:
+    """How the governor feels, if the device has one and says so soon."""
+    from edgellm.errors import EdgellmError
+
+    with suppress(EdgellmError):
+        for record in client.watch_telemetry(timeout_s=_GOVERNOR_S):
+            return record.governor if record.HasField("governor") else None
+    return None
+
+
+@app.command()
+def telemetry(
+    name: NameArgument,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Go on until Ctrl-C.")] = False,
+    interval: IntervalOption = 1.0,
+    count: Annotated[int | None, typer.Option(min=1, help="Go on for so many records.")] = None,
+    json_: JsonOption = False,
+) -> None:
+    """Print what a device measures: heat, power, load, memory, engine, governor.
+
+    What it does not have is a dash. In a pipe, --watch prints one line per record; with --json each line is
+    the record in protobuf-JSON, with the names of telemetry.proto.
+
+    \b
+    edgellm device telemetry jetson-01
+    edgellm device telemetry jetson-01 --watch --interval 5
+    edgellm device telemetry jetson-01 --count 60 --json > minute.jsonl
+    """
+    from edgellm.cli import live
+
+    live.quiet_grpc()
+    many = watch or count is not None
+    with _printer(name, many=many, as_json=json_) as put:
+        live.run_until_interrupted(_telemetry(name, interval, count if many else 1, put))
+
+
+async def _telemetry(
+    name: str, interval_s: float, count: int | None, put: Callable[[Telemetry], None]
+) -> None:
+    from edgellm.cli import watching
+    from edgellm.client import AsyncClient
+    from edgellm.errors import DeviceUnreachableError
+
+    left = count
+    async with AsyncClient.for_device(name) as client:
+        async for record in watching.records(client, interval_s, watching.ANSWER_S):
+            put(record)
+            left = None if left is None else left - 1
+            if left == 0:
+                return
+        raise DeviceUnreachableError(
+            f"the agent at {client.target} has stopped", "see with `edgellm device info` if it is back"
+        )
+
+
+@contextmanager
+def _printer(name: str, *, many: bool, as_json: bool) -> Iterator[Callable[[Telemetry], None]]:
+    """What prints a record: JSON, a table that is renewed in its place, a line of a table, or a table."""
+    from edgellm.cli import readings
+
+    if as_json:
+        yield lambda record: print_json(message_facts(record))
+    elif many and sys.stdout.isatty():
+        from rich.live import Live
+        from rich.text import Text
+
+        with Live(auto_refresh=False) as picture:
+            yield lambda record: picture.update(Text("\n".join(readings.lines(name, record))), refresh=True)
+    elif many:
+        line = "  ".join(f"{{:<{width}}}" for width in (8, 8, 8, 8, 7, 5, 8, 7, 6))
+        typer.echo(line.format(*readings.HEADERS).rstrip())
+        yield lambda record: typer.echo(line.format(*readings.row(record)).rstrip())
+    else:
+        yield lambda record: typer.echo("\n".join(readings.lines(name, record)))
+
+
+@app.command()
+def logs(
+    name: NameArgument,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="Lines to begin with.")] = 100,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on with new lines until Ctrl-C.")
+    ] = False,
+    level: Annotated[Level, typer.Option(case_sensitive=False, help="Least level.")] = Level.INFO,
+    json_: JsonOption = False,
+) -> None:
+    """Print the last lines of a device's log, its engine's included; times are UTC.
+
+    The agent keeps its last 2000 lines in memory. DEBUG lines are there if it runs with --verbose.
+
+    \b
+    edgellm device logs jetson-01
+    edgellm device logs jetson-01 --follow --level warning
+    edgellm device logs jetson-01 --lines 2000 --json | jq -r .text
+    """
+    from edgellm.cli import live
+
+    live.quiet_grpc()
+    live.run_until_interrupted(_logs(name, lines, level.value, follow=follow, as_json=json_))
+
+
+async def _logs(name: str, lines: int, level: str, *, follow: bool, as_json: bool) -> None:
+    from edgellm.cli import watching
+    from edgellm.client import AsyncClient
+
+    async with AsyncClient.for_device(name, timeout_s=_QUIET_S) as client:
+
+        async def quiet() -> None:
+            await client.info()
+
+        found = client.watch_logs(lines, follow=follow, level=level)
+        async for line in watching.attended(found, quiet, _QUIET_S, _QUIET_S):
+            if as_json:
+                print_json(line)
+            else:
+                _print_line(line)
+
+
+def _print_line(line: LogLine) -> None:
+    typer.echo(f"{line.time:%Y-%m-%d %H:%M:%S}.{line.time.microsecond // 1000:03d} ", nl=False)
+    typer.secho(f"{printable(line.level):<7} ", fg=_LEVEL_COLORS.get(line.level), nl=False)
+    typer.echo(f"{printable(line.logger)} {printable(line.text)}")
 
 
 @app.command()

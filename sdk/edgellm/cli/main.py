@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from edgellm.cli import bench, bundle, device, engine, failures, generate, plugins, push
+from edgellm.cli import bench, bundle, device, engine, failures, generate, plugins, push, top
 from edgellm.cli.output import JsonOption, print_facts, print_json
 
 # Base of wrong options and arguments; older typers take it from click, newer ones bring their own.
@@ -94,6 +94,7 @@ app.add_typer(device.app, name="device")
 app.add_typer(engine.app, name="engine")
 app.command("generate")(generate.generate)
 app.command("chat")(generate.chat)
+app.command("top")(top.top)
 app.command("bench")(bench.bench)
 
 

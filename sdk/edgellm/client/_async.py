@@ -18,6 +18,7 @@ from edgellm.client._model import (
     ActivationStep,
     DeviceInfo,
     EngineInfo,
+    LogLine,
     ModelInfo,
     PushResult,
 )
@@ -183,6 +184,20 @@ class AsyncClient:
             with translated(self.target):
                 async for message in call:
                     yield message.telemetry
+        finally:
+            call.cancel()
+
+    async def watch_logs(
+        self, lines: int = 0, *, follow: bool = False, level: str = "INFO", timeout_s: float | None = None
+    ) -> AsyncIterator[LogLine]:
+        """The last lines of the agent's log, and with `follow` each new one; see `Client.watch_logs`."""
+        request = device_pb2.WatchLogsRequest(lines=lines, follow=follow, level=level)
+        deadline_s = self.timeout_s if timeout_s is None and not follow else timeout_s
+        call = self._device.WatchLogs(request, timeout=deadline_s)
+        try:
+            with translated(self.target):
+                async for message in call:
+                    yield LogLine.from_proto(message.line)
         finally:
             call.cancel()
 

@@ -101,6 +101,26 @@ class EngineInfo:
 
 
 @dataclass(frozen=True)
+class LogLine:
+    """A line of a device's log; `logger` is the part of the agent that wrote it."""
+
+    time: datetime
+    level: str
+    logger: str
+    text: str
+
+    @classmethod
+    def from_proto(cls, message: device_pb2.LogLine) -> LogLine:
+        """The same facts from a protobuf message."""
+        return cls(
+            time=message.time.ToDatetime(tzinfo=timezone.utc),
+            level=message.level,
+            logger=message.logger,
+            text=message.text,
+        )
+
+
+@dataclass(frozen=True)
 class PushProgress:
     """How far a push is: bytes that the device has, of all bytes of the engine."""
 

@@ -18,6 +18,7 @@ from edgellm.client._model import (
     ActivationStep,
     DeviceInfo,
     EngineInfo,
+    LogLine,
     ModelInfo,
     PushResult,
 )
@@ -195,6 +196,28 @@ class Client:
             with translated(self.target):
                 for message in call:
                     yield message.telemetry
+        finally:
+            call.cancel()
+
+    def watch_logs(
+        self, lines: int = 0, *, follow: bool = False, level: str = "INFO", timeout_s: float | None = None
+    ) -> Iterator[LogLine]:
+        """The last lines of the agent's log, its worker's included, as far as the agent keeps them.
+
+        Args:
+            lines: How many to begin with; 0 means 100.
+            follow: Go on with each new line, until the iterator is closed or `timeout_s` has passed. A reader
+                that is too slow misses lines, and a line tells it how many.
+            level: Least level: "DEBUG", "INFO", "WARNING" or "ERROR".
+            timeout_s: Deadline of the whole; None means `timeout_s` of the client, or none with `follow`.
+        """
+        request = device_pb2.WatchLogsRequest(lines=lines, follow=follow, level=level)
+        deadline_s = self.timeout_s if timeout_s is None and not follow else timeout_s
+        call = self._device.WatchLogs(request, timeout=deadline_s)
+        try:
+            with translated(self.target):
+                for message in call:
+                    yield LogLine.from_proto(message.line)
         finally:
             call.cancel()
 

@@ -255,15 +255,15 @@ def test_commands_of_other_packages_join_and_an_absent_one_names_its_extra(monke
     plugin = typer.Typer()
 
     @plugin.command()
-    def top() -> None:
-        raise EdgellmError("top failed", "look")
+    def elsewhere() -> None:
+        raise EdgellmError("elsewhere failed", "look")
 
     entries = [Entry("build", ModuleNotFoundError("No module named 'onnx'")), Entry("telemetry", plugin)]
     monkeypatch.setattr("edgellm.cli.plugins.metadata.entry_points", lambda group: entries)
     listed = run("--help").stdout
-    assert "top" in listed
+    assert "elsewhere" in listed
     assert "build" in listed
-    assert run("top").stderr == "error: top failed\n  try: look\n"
+    assert run("elsewhere").stderr == "error: elsewhere failed\n  try: look\n"
     assert failure("build", "model", "--bits", "4")["hint"] == "pip install 'edgellm[buildhost]'"
     monkeypatch.setattr("edgellm.cli.plugins.metadata.entry_points", lambda group: [])
     assert "buildhost" in failure("build")["hint"]

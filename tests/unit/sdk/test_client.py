@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 from contextlib import asynccontextmanager
+from datetime import timezone
 
 import pytest
 
@@ -12,7 +13,7 @@ from edgellm.bundle import Bundle, BundleWriter
 from edgellm.client import AsyncClient, AsyncGeneration, Client, Generation, Message, Sampling
 from edgellm.errors import BundleError, DeviceUnreachableError, RemoteError
 from edgellm.memory import plan_memory
-from edgellm.v1 import inference_pb2
+from edgellm.v1 import device_pb2, inference_pb2
 from tests.support.fake_device import serve
 from tests.support.tiny_bundle import WEIGHTS, make_files
 
@@ -323,3 +324,18 @@ def test_a_proxy_of_the_environment_is_not_asked(device, monkeypatch):
             assert client.info().device == "fake-01"
     finally:
         server.stop(grace=None).wait()
+
+
+async def test_the_log_is_read_and_followed_in_the_same_words(target, device):
+    for text in ("one", "two"):
+        device.log.append(device_pb2.LogLine(level="INFO", logger="edgellm_agent.store", text=text))
+    with Client(target) as client:
+        (line,) = client.watch_logs(1, level="ERROR")
+        watched = client.watch_logs(2, follow=True)
+        assert [next(watched).text for _ in range(2)] == ["one", "two"]
+        watched.close()
+    async with AsyncClient(target) as client:
+        assert [item async for item in client.watch_logs(1, level="ERROR")] == [line]
+    assert (line.text, line.logger, line.time.tzinfo) == ("two", "edgellm_agent.store", timezone.utc)
+    assert [request.level for request in device.log_requests] == ["ERROR", "INFO", "ERROR"]
+    assert device.cancelled.wait(20)
