@@ -12,17 +12,16 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from packaging.specifiers import SpecifierSet
-
 from edgellm.bundle.config import EngineConfig
 from edgellm.bundle.manifest import Descriptor, EngineManifest
 from edgellm.errors import BundleError, DoesNotFitError
 from edgellm.memory import MemoryPlan
-from edgellm.v1 import engines_pb2, inference_pb2, telemetry_pb2
-from edgellm_agent.engine.base import Engine
+from edgellm.v1 import engines_pb2, telemetry_pb2
+from edgellm_agent.engine.canary import try_engine
 from edgellm_agent.engine.figures import Totals
 from edgellm_agent.engine.pressure import read_pressure
 from edgellm_agent.engine.supervisor import EngineSpec, Serving, SupervisedEngine
+from edgellm_agent.engine.target import check_target
 from edgellm_agent.errors import (
     AgentError,
     BusyError,
@@ -30,17 +29,18 @@ from edgellm_agent.errors import (
     NotFoundError,
     PreconditionError,
     TooLargeError,
-    UnavailableError,
 )
+from edgellm_agent.events import Events
 from edgellm_agent.memory import MemoryPolicy
+from edgellm_agent.origin import LOCAL, Origin, PinnedError, tell_change
 from edgellm_agent.registry import EngineRow, Registry
 from edgellm_agent.store import Store
 
 log = logging.getLogger(__name__)
 
+_Reached = Callable[..., None]
+
 _FORGET_PUSH_S = 7 * 24 * 3600.0
-_CANARY_TOKENS = 4
-_CANARY_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,7 @@ class EngineManager:
     registry: Registry
     policy: Policy
     on_change: Callable[[], None] = lambda: None
+    events: Events = field(default_factory=Events)
     totals: Totals = field(default_factory=Totals, init=False)
     """Of all engines since the start."""
     _active: _Active | None = field(default=None, init=False)
@@ -98,15 +99,19 @@ class EngineManager:
 
         If it does not load, the agent runs without one.
         """
-        self.registry.forget_pushes_before(time.time() - _FORGET_PUSH_S)
-        self._collect()
+        self.forget_old_pushes()
         digest = self.registry.active()
         if digest is None:
             return
         try:
-            await self.activate(digest)
+            await self.activate(digest, by=None)
         except (AgentError, DoesNotFitError) as error:
             log.error("the active engine %s does not start: %s", digest, error)
+
+    def forget_old_pushes(self) -> None:
+        """Drops what has come of engines that nobody went on with for a week, so that others have room."""
+        self.registry.forget_pushes_before(time.time() - _FORGET_PUSH_S)
+        self._collect()
 
     async def close(self) -> None:
         """Drains and ends the running engine."""
@@ -158,7 +163,7 @@ class EngineManager:
         self.registry.begin_push(manifest.digest, config.name, time.time())
         self.store.put(config.to_json())
 
-    def commit_push(self, digest: str) -> StoredEngine:
+    def commit_push(self, digest: str, by: Origin = LOCAL) -> StoredEngine:
         """Registers the engine as whole; raises NotFoundError or PreconditionError when it is not."""
         if digest not in {row.digest for row in self.registry.engines()}:
             raise NotFoundError(f"no push of {digest} was prepared")
@@ -167,6 +172,7 @@ class EngineManager:
         if missing:
             raise PreconditionError(f"{len(missing)} blobs of {digest} are missing; go on with the push")
         self.registry.end_push(digest, time.time())
+        tell_change(self.events, "FETCHED" if by.generation else "PUSHED", digest, by)
         return self.find(digest)
 
     def engines(self) -> list[StoredEngine]:
@@ -188,7 +194,7 @@ class EngineManager:
             raise PreconditionError(f"{len(found)} engines are named {name!r}; use the digest")
         return found[0]
 
-    def remove(self, name: str) -> int:
+    def remove(self, name: str, by: Origin = LOCAL) -> int:
         """Removes an engine that is not active; returns the bytes that came free."""
         stored = self.find(name)
         if stored.digest == self.registry.active():
@@ -196,7 +202,35 @@ class EngineManager:
         if self._activating.locked():
             raise BusyError("an activation is under way")
         self.registry.remove(stored.digest)
+        tell_change(self.events, "REMOVED", stored.digest, by)
         return self._collect()
+
+    def pin(self, pinned: bool) -> None:
+        """Keeps the active engine, whatever the fleet desires and also from now on tries; or ends that."""
+        if pinned != self.registry.pinned():
+            self.registry.set_pinned(pinned)
+            tell_change(self.events, "PINNED" if pinned else "UNPINNED", self.registry.active() or "", LOCAL)
+
+    async def restart(self) -> None:
+        """Ends the running engine, once its requests have ended, and starts it from a fresh memory plan.
+
+        Raises BusyError, PreconditionError, or EngineError if it does not come back.
+        """
+        if self._activating.locked():
+            raise BusyError("an activation is under way")
+        async with self._activating:
+            if self._active is None:
+                raise PreconditionError("no engine is running")
+            await self._retire(self._active)
+            await self._reload()
+            self.on_change()
+            if self._active is None:
+                raise EngineError("the engine does not come back; the agent's log says why")
+
+    async def idle(self) -> None:
+        """Returns once no activation is under way."""
+        async with self._activating:
+            pass
 
     def available_bytes(self) -> int:
         """Memory that an engine beside the running one could have now."""
@@ -222,10 +256,12 @@ class EngineManager:
             f"no engine here, and no prepared push, has a blob {digest} of {size_bytes} bytes"
         )
 
-    async def activate(self, name: str, on_phase: Callable[[Phase], None] = lambda _: None) -> None:
+    async def activate(
+        self, name: str, on_phase: Callable[[Phase], None] = lambda _: None, by: Origin | None = LOCAL
+    ) -> None:
         """Verifies, loads and tries an engine, then makes it the active one.
 
-        On an error the device stays with the old one.
+        On an error the device stays with the old one. `by` is None where nobody asked, as at the start.
         """
         if self._activating.locked():
             raise BusyError("another activation is under way")
@@ -236,28 +272,51 @@ class EngineManager:
                 on_phase(Phase(phase, time.monotonic() - began, plan))
 
             stored = self.find(name)
-            self._check_target(stored.config)
-            serving = self._serving(stored)
-            if serving is not None:
-                reached(engines_pb2.ACTIVATION_PHASE_COMMITTED, serving.plan)
-                return
-            reached(engines_pb2.ACTIVATION_PHASE_VERIFYING)
-            await asyncio.to_thread(self.store.verify, stored.manifest)
-            reached(engines_pb2.ACTIVATION_PHASE_LOADING)
-            engine = await self._load(stored)
             try:
-                reached(engines_pb2.ACTIVATION_PHASE_CANARY)
-                await _canary(engine)
-                self.registry.set_active(stored.digest)
-            except BaseException:
-                await engine.close()
-                await self._reload()
+                await self._activate(stored, reached, by)
+            except PinnedError:
+                raise  # nothing is wrong with the engine
+            except (AgentError, DoesNotFitError) as error:
+                active = self.registry.active() or ""
+                tell_change(self.events, "FAILED", stored.digest, by, previous=active, error=str(error))
                 raise
-            old, self._active = self._active, _Active(stored, engine)
-            self.on_change()
-            if old is not None:
-                await self._retire(old)
-            reached(engines_pb2.ACTIVATION_PHASE_COMMITTED, engine.plan)
+
+    async def _activate(self, stored: StoredEngine, reached: _Reached, by: Origin | None) -> None:
+        self._check_target(stored.config)
+        self._check_pin(by)
+        serving = self._serving(stored)
+        if serving is not None:
+            tell_change(self.events, "ACTIVATED", stored.digest, by, previous=stored.digest)
+            reached(engines_pb2.ACTIVATION_PHASE_COMMITTED, serving.plan)
+            return
+        reached(engines_pb2.ACTIVATION_PHASE_VERIFYING)
+        await asyncio.to_thread(self.store.verify, stored.manifest)
+        reached(engines_pb2.ACTIVATION_PHASE_LOADING)
+        engine = await self._load(stored)
+        try:
+            reached(engines_pb2.ACTIVATION_PHASE_CANARY)
+            await try_engine(engine)
+            self._commit(stored, by)
+        except BaseException:
+            await engine.close()
+            await self._reload()
+            raise
+        old, self._active = self._active, _Active(stored, engine)
+        self.on_change()
+        if old is not None:
+            await self._retire(old)
+        reached(engines_pb2.ACTIVATION_PHASE_COMMITTED, engine.plan)
+
+    def _check_pin(self, by: Origin | None) -> None:
+        if by is not None and by.generation and self.registry.pinned():
+            raise PinnedError("the device is pinned to the engine that it has")
+
+    def _commit(self, stored: StoredEngine, by: Origin | None) -> None:
+        """Moves the pointer, unless the device was pinned meanwhile and this is its fleet's wish."""
+        self._check_pin(by)
+        previous = self.registry.active() or ""
+        self.registry.set_active(stored.digest)
+        tell_change(self.events, "ACTIVATED", stored.digest, by, previous=previous)
 
     def _serving(self, stored: StoredEngine) -> SupervisedEngine | None:
         """The running engine, if it is this one and answers."""
@@ -320,25 +379,8 @@ class EngineManager:
         return SupervisedEngine(spec, plan, self.on_change, self.totals)
 
     def _check_target(self, config: EngineConfig) -> None:
-        version = self.policy.runtimes.get(config.runtime)
-        if version is None:
-            known = ", ".join(self.policy.runtimes) or "none"
-            raise PreconditionError(
-                f"the engine is for the runtime {config.runtime}, this device has {known}; build one for it"
-            )
-        if not SpecifierSet(config.runtime_requires).contains(version, prereleases=True):
-            raise PreconditionError(
-                f"the engine needs {config.runtime} {config.runtime_requires}; this device has {version}"
-            )
-        if config.target.architecture not in ("any", self.policy.architecture):
-            raise PreconditionError(
-                f"the engine is for {config.target.architecture}; this device is {self.policy.architecture}"
-            )
-        sm = self.policy.memory.profile.sm
-        if config.target.sm is not None and config.target.sm != sm:
-            raise PreconditionError(
-                f"the engine is for SM {config.target.sm}; this device has {sm or 'no GPU'}"
-            )
+        policy, sm = self.policy, self.policy.memory.profile.sm
+        check_target(config, runtimes=policy.runtimes, architecture=policy.architecture, sm=sm)
 
     def _stored(self, row: EngineRow) -> StoredEngine | None:
         manifest = self._manifest(row.digest)
@@ -365,25 +407,3 @@ class EngineManager:
         except (AgentError, BundleError) as error:
             log.error("engine %s: %s", digest, error)
             return None
-
-
-async def _canary(engine: Engine, deadline_s: float = _CANARY_S) -> None:
-    """A few tokens through the whole path; raises EngineError if they do not come."""
-    request = inference_pb2.GenerateRequest(prompt="Hello", max_tokens=_CANARY_TOKENS, ignore_eos=True)
-    stream = engine.submit(request, deadline_s)
-
-    async def read() -> None:
-        async for _ in stream:
-            pass
-
-    try:
-        # The worker keeps the deadline too, unless it hangs.
-        await asyncio.wait_for(read(), deadline_s)
-    except asyncio.TimeoutError:
-        raise EngineError(f"the engine did not answer its first request within {deadline_s:g} s") from None
-    except UnavailableError as error:
-        raise EngineError(f"the engine failed its first request: {error}") from None
-    finally:
-        await stream.aclose()
-    if stream.finished is None or stream.finished.usage.completion_tokens != _CANARY_TOKENS:
-        raise EngineError("the engine's first request gave no answer")

@@ -1,4 +1,4 @@
-"""What the agent must remember across a restart: which engines it has, and which one is active.
+"""What the agent must remember across a restart: which engines it has, which one is active, what was desired.
 
 SQLite with a write-ahead log.
 """
@@ -19,6 +19,17 @@ CREATE TABLE IF NOT EXISTS engines (
 CREATE TABLE IF NOT EXISTS active (
     only_row INTEGER PRIMARY KEY CHECK (only_row = 1),
     digest TEXT NOT NULL REFERENCES engines (digest)
+) STRICT;
+CREATE TABLE IF NOT EXISTS pin (
+    only_row INTEGER PRIMARY KEY CHECK (only_row = 1),
+    pinned INTEGER NOT NULL CHECK (pinned IN (0, 1))
+) STRICT;
+CREATE TABLE IF NOT EXISTS fetched (
+    digest TEXT PRIMARY KEY REFERENCES engines (digest) ON DELETE CASCADE
+) STRICT;
+CREATE TABLE IF NOT EXISTS desired (
+    only_row INTEGER PRIMARY KEY CHECK (only_row = 1),
+    state TEXT NOT NULL
 ) STRICT;
 """
 
@@ -78,6 +89,35 @@ class Registry:
     def set_active(self, digest: str) -> None:
         """Commits to an engine."""
         self._db.execute("INSERT OR REPLACE INTO active VALUES (1, ?)", (digest,))
+
+    def mark_fetched(self, digest: str) -> None:
+        """Remembers that the fleet brought this engine, not somebody at the device."""
+        self._db.execute("INSERT OR IGNORE INTO fetched VALUES (?)", (digest,))
+
+    def fetched(self) -> list[str]:
+        """Digests of the engines that the fleet brought, oldest first."""
+        rows = self._db.execute(
+            "SELECT digest FROM fetched JOIN engines USING (digest) ORDER BY changed_at, digest"
+        )
+        return [str(digest) for (digest,) in rows]
+
+    def pinned(self) -> bool:
+        """Whether the fleet may not replace the active engine."""
+        row = self._db.execute("SELECT pinned FROM pin").fetchone()
+        return row is not None and bool(row[0])
+
+    def set_pinned(self, pinned: bool) -> None:
+        """Pins or unpins the device."""
+        self._db.execute("INSERT OR REPLACE INTO pin VALUES (1, ?)", (pinned,))
+
+    def desired(self) -> str | None:
+        """How far the device is with what its fleet desires, as `desired.rules` wrote it."""
+        row = self._db.execute("SELECT state FROM desired").fetchone()
+        return None if row is None else str(row[0])
+
+    def set_desired(self, state: str) -> None:
+        """Remembers it, on disk before this returns."""
+        self._db.execute("INSERT OR REPLACE INTO desired VALUES (1, ?)", (state,))
 
     def close(self) -> None:
         """Closes the database."""

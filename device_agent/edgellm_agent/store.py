@@ -66,6 +66,12 @@ class Ingest:
             self.offset_bytes += written or 0
             view = view[written:]
 
+    def restart(self) -> None:
+        """Drops what has come: the next byte is the blob's first."""
+        self._file.truncate(0)
+        self._hasher = hashlib.sha256()
+        self.offset_bytes = 0
+
     def commit(self) -> None:
         """Makes the blob visible; raises DataLossError, and drops the bytes, if they have another digest."""
         if self.offset_bytes < self._blob.size_bytes:

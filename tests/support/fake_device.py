@@ -41,6 +41,7 @@ class FakeDevice:
     engines: dict[str, EngineManifest] = field(default_factory=dict)
     configs: dict[str, EngineConfig] = field(default_factory=dict)
     active: str = ""
+    pinned: bool = False
     # Failures by digest: how often a blob is refused as corrupt, after how many bytes of it the link breaks.
     corrupt: dict[str, int] = field(default_factory=dict)
     cut_after_bytes: dict[str, int] = field(default_factory=dict)
@@ -236,6 +237,10 @@ class FakeEngineService(engines_pb2_grpc.EngineServiceServicer):
         return engines_pb2.ListEnginesResponse(
             engines=[self.engine(digest) for digest in self.device.engines]
         )
+
+    def PinEngine(self, request, context):
+        self.device.pinned = request.pinned
+        return engines_pb2.PinEngineResponse(pinned=request.pinned, active_engine=self.device.active)
 
     def RemoveEngine(self, request, context):
         if request.engine not in self.device.engines:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator
 from functools import partial
 from typing import TypeVar
 
@@ -15,6 +15,7 @@ from edgellm_agent.errors import DeadlineError, InvalidError
 from edgellm_agent.lifecycle import EngineManager, Phase, StoredEngine
 from edgellm_agent.services import status
 from edgellm_agent.store import Ingest
+from edgellm_agent.threads import in_thread
 
 Result = TypeVar("Result")
 
@@ -22,7 +23,7 @@ _SILENCE_S = 60.0
 
 
 class EngineServicer(engines_pb2_grpc.EngineServiceServicer):
-    """Push, activate, list, remove."""
+    """Push, activate, list, remove, pin."""
 
     def __init__(self, manager: EngineManager) -> None:
         self._manager = manager
@@ -63,11 +64,11 @@ class EngineServicer(engines_pb2_grpc.EngineServiceServicer):
         header = first.header
         blob = self._manager.expected_blob(header.digest, header.size_bytes)
         begin = partial(self._manager.store.ingest, blob, header.offset_bytes)
-        ingest = await _in_thread(begin, undo=Ingest.close)
+        ingest = await in_thread(begin, undo=Ingest.close)
         try:
             async for message in messages:
-                await _in_thread(partial(ingest.write, message.chunk))
-            await _in_thread(ingest.commit)
+                await in_thread(partial(ingest.write, message.chunk))
+            await in_thread(ingest.commit)
         finally:
             ingest.close()
         return engines_pb2.WriteBlobResponse(size_bytes=ingest.offset_bytes)
@@ -117,6 +118,17 @@ class EngineServicer(engines_pb2_grpc.EngineServiceServicer):
     ) -> engines_pb2.RemoveEngineResponse:
         return engines_pb2.RemoveEngineResponse(freed_bytes=self._manager.remove(request.engine))
 
+    @status.unary
+    async def PinEngine(
+        self,
+        request: engines_pb2.PinEngineRequest,
+        context: status.Context,
+    ) -> engines_pb2.PinEngineResponse:
+        self._manager.pin(request.pinned)
+        return engines_pb2.PinEngineResponse(
+            pinned=request.pinned, active_engine=self._manager.active_digest() or ""
+        )
+
     def _engine(self, stored: StoredEngine) -> engines_pb2.Engine:
         added_at = Timestamp()
         added_at.FromNanoseconds(int(stored.added_at * 1e9))
@@ -146,18 +158,3 @@ async def _until_silent(
             return
         except asyncio.TimeoutError:
             raise DeadlineError(f"nothing came for {silence_s:g} s; what came before is kept") from None
-
-
-async def _in_thread(function: Callable[[], Result], undo: Callable[[Result], None] | None = None) -> Result:
-    """Runs a blocking function to its end, also when the call is cancelled: no file is closed under it.
-
-    A result that a cancelled call can no longer take goes to `undo`.
-    """
-    thread = asyncio.ensure_future(asyncio.to_thread(function))
-    try:
-        return await asyncio.shield(thread)
-    except asyncio.CancelledError:
-        await asyncio.wait([thread])
-        if undo is not None and thread.exception() is None:
-            undo(thread.result())
-        raise

@@ -18,7 +18,7 @@ from edgellm.cli.output import (
     print_table,
 )
 
-app = typer.Typer(help="See, activate and remove the engines on a device.", no_args_is_help=True)
+app = typer.Typer(help="See, activate, pin and remove the engines on a device.", no_args_is_help=True)
 
 EngineArgument = Annotated[str, typer.Argument(help="Digest of the engine, or its name if only one has it.")]
 
@@ -76,3 +76,26 @@ def remove(engine: EngineArgument, device: DeviceOption, json_: JsonOption = Fal
         print_json({"engine": engine, "freed_bytes": freed_bytes})
     else:
         typer.echo(f"removed {engine}: {human_bytes(freed_bytes)} came free")
+
+
+@app.command()
+def pin(device: DeviceOption, json_: JsonOption = False) -> None:
+    """Keep the active engine, whatever the device's fleet desires, until it is unpinned."""
+    _pin(device, pinned=True, json_=json_)
+
+
+@app.command()
+def unpin(device: DeviceOption, json_: JsonOption = False) -> None:
+    """Give the device back to its fleet: it turns to what is desired of it last."""
+    _pin(device, pinned=False, json_=json_)
+
+
+def _pin(device: str, *, pinned: bool, json_: bool) -> None:
+    from edgellm.client import Client
+
+    with Client.for_device(device) as client:
+        active = client.pin(pinned)
+    if json_:
+        print_json({"pinned": pinned, "active_engine": active})
+    else:
+        typer.echo(f"{'pinned to' if pinned else 'unpinned from'} {active or 'no engine'}")

@@ -109,6 +109,11 @@ class AsyncClient:
         request = engines_pb2.RemoveEngineRequest(engine=engine)
         return (await self._call(self._engines.RemoveEngine, request)).freed_bytes
 
+    async def pin(self, pinned: bool = True) -> str:
+        """Keeps the active engine, or gives the device back to its fleet; see `Client.pin`."""
+        request = engines_pb2.PinEngineRequest(pinned=pinned)
+        return (await self._call(self._engines.PinEngine, request)).active_engine
+
     async def push(
         self, bundle: Bundle, digest: str, on_progress: OnPushProgress | None = None
     ) -> PushResult:

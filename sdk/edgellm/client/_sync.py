@@ -105,6 +105,14 @@ class Client:
         request = engines_pb2.RemoveEngineRequest(engine=engine)
         return self._call(self._engines.RemoveEngine, request).freed_bytes
 
+    def pin(self, pinned: bool = True) -> str:
+        """Keeps the active engine whatever the fleet desires, or (False) gives the device back to its fleet.
+
+        Returns the active engine's digest; empty if there is none.
+        """
+        request = engines_pb2.PinEngineRequest(pinned=pinned)
+        return self._call(self._engines.PinEngine, request).active_engine
+
     def push(self, bundle: Bundle, digest: str, on_progress: OnPushProgress | None = None) -> PushResult:
         """Brings an engine to the device: only what is missing there; a cut push goes on where it was cut.
 

@@ -3,8 +3,8 @@ import asyncio
 import pytest
 
 from edgellm.v1 import worker_pb2
+from edgellm_agent.engine.canary import try_engine
 from edgellm_agent.errors import DeadlineError, EngineError
-from edgellm_agent.lifecycle import _canary
 from edgellm_agent.services.engines import _until_silent
 
 
@@ -28,7 +28,7 @@ class HungEngine:
 async def test_an_engine_that_hangs_fails_its_canary_and_is_cancelled():
     engine = HungEngine()
     with pytest.raises(EngineError, match="did not answer"):
-        await asyncio.wait_for(_canary(engine, deadline_s=0.05), 5)
+        await asyncio.wait_for(try_engine(engine, deadline_s=0.05), 5)
     assert engine.cancelled
 
 

@@ -50,3 +50,15 @@ def test_there_is_one_active_engine(registry):
         registry.begin_push(digest, digest, 1.0)
         registry.set_active(digest)
     assert registry.active() == "sha256:b"
+
+
+def test_a_pin_and_what_was_desired_are_there_after_a_restart(registry, tmp_path):
+    assert (registry.pinned(), registry.desired()) == (False, None)
+    registry.set_pinned(True)
+    registry.set_desired('{"generation": 1}')
+    registry.set_desired('{"generation": 2}')
+    again = Registry(tmp_path / "registry.db")
+    assert (again.pinned(), again.desired()) == (True, '{"generation": 2}')
+    again.set_pinned(False)
+    assert not registry.pinned()
+    again.close()

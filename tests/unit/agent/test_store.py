@@ -76,6 +76,18 @@ def test_a_cut_write_goes_on_where_it_was_cut_also_in_another_process(store, tmp
     assert again.read(digest_of(data)) == data
 
 
+def test_a_write_can_begin_again_from_the_first_byte(store):
+    data = os.urandom(3000)
+    ingest = store.ingest(blob_of(data), 0)
+    ingest.write(b"wrong" * 100)
+    ingest.restart()
+    assert (ingest.offset_bytes, store.status(digest_of(data))) == (0, 0)
+    ingest.write(data)
+    ingest.commit()
+    ingest.close()
+    assert store.read(digest_of(data)) == data
+
+
 def test_wrong_bytes_are_refused_and_dropped(store, tmp_path):
     blob = blob_of(b"right")
     ingest = store.ingest(blob, 0)

@@ -199,6 +199,17 @@ def test_engines_are_listed_activated_and_removed(bundle, device):
 
 
 @pytest.mark.usefixtures("known")
+def test_a_device_is_pinned_to_its_engine_and_unpinned(bundle, device):
+    run("push", "engine", bundle.path, "--device", "jetson-01")
+    digest = bundle.variants[0].digest
+    pinned = good_json("engine", "pin", "--device", "jetson-01")
+    assert (pinned["pinned"], pinned["active_engine"], device.pinned) == (True, digest, True)
+    assert digest in run("engine", "pin", "--device", "jetson-01").stdout
+    assert not good_json("engine", "unpin", "--device", "jetson-01")["pinned"]
+    assert not device.pinned
+
+
+@pytest.mark.usefixtures("known")
 def test_generate_streams_text_or_json_lines(device):
     assert run("generate", "--device", "jetson-01", "--prompt", "Hi").stdout == "Hello Jetson.\n"
     lines = run("generate", "--device", "jetson-01", "--json", input="from stdin").stdout.splitlines()

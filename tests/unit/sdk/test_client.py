@@ -339,3 +339,12 @@ async def test_the_log_is_read_and_followed_in_the_same_words(target, device):
     assert (line.text, line.logger, line.time.tzinfo) == ("two", "edgellm_agent.store", timezone.utc)
     assert [request.level for request in device.log_requests] == ["ERROR", "INFO", "ERROR"]
     assert device.cancelled.wait(20)
+
+
+async def test_a_pin_says_which_engine_it_keeps(connect, target, device):
+    device.active = "sha256:" + "a" * 64
+    async with connect(target) as client:
+        assert await client.pin() == device.active
+        assert device.pinned
+        await client.pin(False)
+        assert not device.pinned

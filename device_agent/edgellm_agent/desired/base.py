@@ -1,0 +1,62 @@
+"""What the parts here share with each other and ask of the rest of the agent."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Protocol
+
+from edgellm.bundle.manifest import Descriptor
+from edgellm.v1 import fleet_pb2
+
+
+class Uplink(Protocol):
+    """The link to the broker; every call is made, and every callback comes, on the event loop.
+
+    What is published while the link is down is sent when it is back; of retained events only the last.
+    """
+
+    def publish_retained(self, topic: str, event: fleet_pb2.Event) -> None:
+        """Replaces what the broker keeps for the topic."""
+
+    def publish(self, topic: str, event: fleet_pb2.Event) -> None:
+        """Sends an event once, QoS 1."""
+
+    def on_message(self, topic: str, callback: Callable[[bytes], None]) -> None:
+        """Subscribes to a topic, for good; the callback gets each payload and must not block."""
+
+
+class SourceError(Exception):
+    """A source did not give what it was asked for: one sentence of what went wrong.
+
+    Args:
+        message: The sentence.
+        permanent: Trying again would not help.
+        retry_after_s: When the source said that it may be asked again.
+    """
+
+    def __init__(self, message: str, *, permanent: bool = False, retry_after_s: float = 0) -> None:
+        super().__init__(message)
+        self.permanent = permanent
+        self.retry_after_s = retry_after_s
+
+
+class RangeError(Exception):
+    """The source cannot go on from where the bytes on the device end: begin again from zero."""
+
+
+class WrongBytesError(Exception):
+    """What came is not the blob: it has another size."""
+
+
+class BlobSource(Protocol):
+    """Where the blobs of an engine are. Both calls raise SourceError."""
+
+    async def manifest(self, digest: str) -> bytes:
+        """The manifest's bytes, bounded and not checked yet."""
+
+    def blob(self, blob: Descriptor, offset: int) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
+        """The blob's bytes from an offset on, in pieces of at most 256 KiB.
+
+        Raises RangeError, and WrongBytesError as soon as the size cannot be right.
+        """

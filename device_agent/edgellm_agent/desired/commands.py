@@ -1,0 +1,163 @@
+"""Commands of the fleet: few, off unless listed, obeyed at most once and only while they are fresh."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import logging
+import re
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TypeAlias
+
+from edgellm.errors import EdgellmError
+from edgellm.fleet.topics import DeviceTopics, decode, envelope
+from edgellm.v1 import fleet_pb2
+from edgellm_agent.desired.base import Uplink
+from edgellm_agent.desired.settings import CommandName, CommandSettings
+from edgellm_agent.errors import AgentError
+
+log = logging.getLogger(__name__)
+
+Action: TypeAlias = Callable[[], Awaitable[str]]
+MAX_OUTPUT_BYTES = 16 << 10
+MAX_WAITING = 8
+LONGEST_VALID_S = 3600
+# Longer than an engine may take to load.
+_DEADLINE_S = 600.0
+_MAX_PAYLOAD_BYTES = 4 << 10
+# A command is fresh for an hour at most, and eight wait at most: none that is still fresh is forgotten unless
+# more than this come in an hour, and all three may be done twice without harm.
+_REMEMBERED = 1024
+_ID = re.compile(r"[\x21-\x7e]{1,128}")
+
+
+class Commands:
+    """Takes commands from the fleet, does them one at a time, and answers on this device's own topic.
+
+    Args:
+        settings: The names that are allowed.
+        actions: What each name does; gives its output.
+        uplink: To the fleet.
+        topics: Names of this device's topics.
+        run: Number of this start of the agent.
+        wall_ns: Wall clock, nanoseconds since 1970.
+    """
+
+    def __init__(
+        self,
+        settings: CommandSettings,
+        actions: Mapping[CommandName, Action],
+        uplink: Uplink,
+        topics: DeviceTopics,
+        *,
+        run: int,
+        wall_ns: Callable[[], int] = time.time_ns,
+    ) -> None:
+        self._actions = {str(name): action for name, action in actions.items() if name in settings.allow}
+        self._uplink = uplink
+        self._topics = topics
+        self._run = run
+        self._wall_ns = wall_ns
+        self._waiting: asyncio.Queue[tuple[str, fleet_pb2.Command]] = asyncio.Queue(MAX_WAITING)
+        self._seen: OrderedDict[str, None] = OrderedDict()
+        self._sequence = 0
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Listens; does nothing if no command is allowed."""
+        if self._actions:
+            self._task = asyncio.create_task(self._work(), name="commands")
+            self._uplink.on_message(self._topics.command_request, self.take)
+
+    async def close(self) -> None:
+        """Stops; a command under way is not answered."""
+        if self._task is not None:
+            task, self._task = self._task, None
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    def take(self, payload: bytes) -> None:
+        """A payload from the request topic; one that cannot be answered is logged and ignored."""
+        try:
+            if len(payload) > _MAX_PAYLOAD_BYTES:
+                raise ValueError(f"{len(payload)} bytes")
+            event = decode(payload)
+            if not event.HasField("command") or not _ID.fullmatch(event.id):
+                raise ValueError("no `command` or no `id` in the event")
+        except ValueError as error:
+            log.warning("command.ignored error=%.300s", error)
+            return
+        if event.id in self._seen:
+            log.info("command.duplicate id=%s", event.id)
+            return
+        self._remember(event.id)
+        if refusal := self._refusal(event.command):
+            self._answer(event.id, event.command.name, error=refusal)
+        elif self._waiting.full():
+            self._answer(event.id, event.command.name, error=f"{MAX_WAITING} commands are waiting already")
+        else:
+            self._waiting.put_nowait((event.id, event.command))
+
+    def _refusal(self, command: fleet_pb2.Command) -> str:
+        """Why the command is not obeyed; empty if it is."""
+        if command.name not in self._actions:
+            allowed = ", ".join(sorted(self._actions))
+            return f"the command {command.name!r:.60} is not allowed here; allowed: {allowed}"
+        if not command.HasField("expires"):
+            return f"expires: must be set, at most {LONGEST_VALID_S} s ahead"
+        now_ns = self._wall_ns()
+        left_s = command.expires.seconds - now_ns // 10**9
+        if 0 < left_s <= LONGEST_VALID_S:
+            return ""
+        when = f"{-left_s} s ago" if left_s <= 0 else f"in {left_s} s, more than {LONGEST_VALID_S} s ahead"
+        return f"expires {when}, by this device's clock: {_written(now_ns)}"
+
+    async def _work(self) -> None:
+        # The field is asked too: before Python 3.12, `wait_for` can swallow a cancellation.
+        while self._task is not None:
+            id_, command = await self._waiting.get()
+            # It may have waited long.
+            if refusal := self._refusal(command):
+                self._answer(id_, command.name, error=refusal)
+                continue
+            log.info("command.begins name=%s id=%s", command.name, id_)
+            try:
+                output = await asyncio.wait_for(self._actions[command.name](), _DEADLINE_S)
+            except asyncio.TimeoutError:
+                self._answer(id_, command.name, error=f"not done within {_DEADLINE_S:g} s")
+            except (AgentError, EdgellmError) as error:
+                self._answer(id_, command.name, error=str(error))
+            except Exception:
+                log.exception("command.failed name=%s id=%s", command.name, id_)
+                self._answer(id_, command.name, error="the agent failed; its log says more")
+            else:
+                self._answer(id_, command.name, output=output)
+
+    def _remember(self, id_: str) -> None:
+        self._seen[id_] = None
+        if len(self._seen) > _REMEMBERED:
+            self._seen.popitem(last=False)
+
+    def _answer(self, id_: str, name: str, *, output: str = "", error: str = "") -> None:
+        if error:
+            log.warning("command.refused name=%.60r id=%s error=%s", name, id_, error)
+        self._sequence += 1
+        event = envelope(self._topics, "command.result", self._run, self._sequence, self._wall_ns())
+        event.command_result.CopyFrom(
+            fleet_pb2.CommandResult(
+                command_id=id_, name=name[:60], ok=not error, error=error, output=last_bytes(output)
+            )
+        )
+        self._uplink.publish(self._topics.command_response, event)
+
+
+def last_bytes(text: str, limit: int = MAX_OUTPUT_BYTES) -> str:
+    """The end of a text, whole characters, at most so many bytes of UTF-8."""
+    data = text.encode("utf-8", errors="replace")
+    return data[-limit:].decode("utf-8", errors="ignore")
+
+
+def _written(time_ns: int) -> str:
+    return datetime.datetime.fromtimestamp(time_ns // 10**9, datetime.timezone.utc).isoformat()

@@ -1,0 +1,119 @@
+"""Desired state and commands through a real mosquitto: what is retained reaches a device that was away."""
+
+import asyncio
+
+import paho.mqtt.client as paho
+import pytest
+from paho.mqtt.enums import CallbackAPIVersion
+
+from edgellm.fleet.topics import encode
+from edgellm.v1 import fleet_pb2
+from edgellm_agent.desired.commands import Commands
+from edgellm_agent.desired.controller import DesiredController
+from edgellm_agent.desired.settings import CommandSettings, DesiredSettings
+from edgellm_agent.registry import Registry
+from tests.support.broker import find_mosquitto, listening, running_broker
+from tests.support.desired_device import TOPICS, make_layout, make_manager
+from tests.support.range_server import range_server
+
+NOW_NS = 1_800_000_000_000_000_000
+
+
+class PahoUplink:
+    """The uplink's contract with nothing but paho: no outbox, the loop's thread hands payloads over."""
+
+    def __init__(self, broker):
+        self._loop = asyncio.get_running_loop()
+        self._client = paho.Client(CallbackAPIVersion.VERSION2)
+        self._client.connect(broker.host, broker.port)
+        self._client.loop_start()
+
+    def publish_retained(self, topic, event):
+        self._client.publish(topic, encode(event, "json"), qos=1, retain=True)
+
+    def publish(self, topic, event):
+        self._client.publish(topic, encode(event, "json"), qos=1)
+
+    def on_message(self, topic, callback):
+        self._client.message_callback_add(
+            topic, lambda _client, _data, message: self._loop.call_soon_threadsafe(callback, message.payload)
+        )
+        self._client.subscribe(topic, qos=1)
+
+    def close(self):
+        self._client.disconnect()
+        self._client.loop_stop()
+
+
+@pytest.fixture
+def broker():
+    if find_mosquitto() is None:
+        pytest.skip("needs mosquitto (apt-get install mosquitto)")
+    with running_broker("mosquitto") as running:
+        yield running
+
+
+def send(broker, topic, event, *, retain):
+    client = paho.Client(CallbackAPIVersion.VERSION2)
+    client.connect(broker.host, broker.port)
+    client.loop_start()
+    client.publish(topic, encode(event, "json"), qos=1, retain=retain).wait_for_publish(10)
+    client.disconnect()
+    client.loop_stop()
+
+
+async def test_a_device_that_was_away_converges_when_it_returns(broker, tmp_path):
+    _, digest = make_layout(tmp_path / "engine")
+    with range_server(tmp_path) as server, listening(broker, TOPICS.reported) as listener:
+        wish = fleet_pb2.Event(id="f-1")
+        wish.desired.CopyFrom(fleet_pb2.Desired(generation=4, engine=digest, source=f"{server.url}/engine"))
+        await asyncio.to_thread(send, broker, TOPICS.desired, wish, retain=True)
+        manager, uplink = make_manager(tmp_path / "state"), PahoUplink(broker)
+        controller = DesiredController(
+            DesiredSettings(sources=[server.url]), manager, uplink, TOPICS, run=1, wall_ns=lambda: NOW_NS
+        )
+        await manager.start()
+        controller.start()
+        told = await asyncio.to_thread(
+            listener.wait_for, lambda message: message.event.reported.phase == "CONVERGED"
+        )
+        assert told.event.reported.active_engine == digest
+        await controller.close()
+        uplink.close()
+        await manager.close()
+    with listening(broker, TOPICS.reported) as late:
+        kept = await asyncio.to_thread(late.wait_for, lambda _: True)
+    assert kept.retain
+    assert kept.event.reported.observed_generation == 4
+
+
+async def test_a_command_is_answered_on_the_devices_own_topic_only(broker):
+    async def report():
+        return "told"
+
+    uplink = PahoUplink(broker)
+    commands = Commands(
+        CommandSettings(allow=["report"]), {"report": report}, uplink, TOPICS, run=1, wall_ns=lambda: NOW_NS
+    )
+    commands.start()
+    order = fleet_pb2.Event(id="c-1")
+    order.command.name = "report"
+    order.command.expires.FromNanoseconds(NOW_NS + 60 * 10**9)
+    with listening(broker) as listener:
+        await asyncio.to_thread(send, broker, TOPICS.command_request, order, retain=False)
+        answer = await asyncio.to_thread(
+            listener.wait_for, lambda message: message.topic != TOPICS.command_request
+        )
+    await commands.close()
+    uplink.close()
+    assert answer.topic == TOPICS.command_response
+    assert (answer.event.command_result.command_id, answer.event.command_result.output) == ("c-1", "told")
+
+
+def test_a_pin_over_the_devices_api_survives_the_agent(serving):
+    with serving.client() as client:
+        assert client.pin() == client.info().active_engine
+    serving.stop()
+    registry = Registry(serving.state / "registry.db")
+    assert registry.pinned()
+    registry.close()

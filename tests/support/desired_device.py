@@ -1,0 +1,152 @@
+"""A device's engine manager without the rest of the agent, and a fleet that it can talk to in memory."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from edgellm.bundle import Bundle, BundleWriter
+from edgellm.fleet.topics import DeviceTopics, encode
+from edgellm.memory import MemoryPlan
+from edgellm.profiles import load_profile
+from edgellm.v1 import fleet_pb2, worker_pb2
+from edgellm_agent.lifecycle import EngineManager, Policy
+from edgellm_agent.memory import MemoryPolicy
+from edgellm_agent.registry import Registry
+from edgellm_agent.store import Store
+from tests.support.tiny_bundle import make_config, make_files
+
+TOPICS = DeviceTopics("acme", "press", "jetson-01")
+DEADLINE_S = 20.0
+
+
+class StillEngine:
+    """Stands for a running engine where a test is not about running one."""
+
+    def __init__(self, plan: MemoryPlan, failure: Exception | None = None) -> None:
+        self.plan = plan
+        self.state = "serving"
+        self.finished = worker_pb2.Finished()
+        self.finished.usage.completion_tokens = 4
+        self._failure = failure
+
+    def memory_bytes(self) -> tuple[int, int]:
+        return 0, 0
+
+    def submit(self, *_: object) -> StillEngine:
+        if self._failure is not None:
+            raise self._failure
+        return self
+
+    async def __aiter__(self):
+        for token in ():
+            yield token
+
+    async def aclose(self) -> None:
+        pass
+
+    async def drain(self, _deadline_s: float) -> bool:
+        return True
+
+    async def close(self) -> None:
+        self.state = "stopped"
+
+
+class StillManager(EngineManager):
+    """The real manager over engines that stand still; `before_load` may hold an activation up or fail it."""
+
+    async def _load(self, stored):
+        before = getattr(self, "before_load", None)
+        if before is not None:
+            await before(stored.digest)
+        return StillEngine(self.plan_for(stored.config))
+
+    async def _reload(self):
+        pass
+
+
+def make_manager(state_dir: Path, kind: type[EngineManager] = StillManager, **runtimes: str) -> EngineManager:
+    state_dir.mkdir(parents=True, exist_ok=True)
+    profile = load_profile("orin-nano-8gb")
+    memory = MemoryPolicy(
+        profile=profile,
+        simulated=True,
+        headroom_bytes=profile.headroom_bytes,
+        context_tokens=2048,
+        max_sequences=4,
+        prefill_tokens=64,
+    )
+    policy = Policy(memory=memory, runtimes=runtimes or {"onnxruntime": "1.30.0"}, architecture="amd64")
+    return kind(store=Store(state_dir), registry=Registry(state_dir / "registry.db"), policy=policy)
+
+
+def make_layout(root: Path, **changes: object) -> tuple[Bundle, str]:
+    """A bundle of a few MiB that nobody can run, at `root`; and its engine's digest."""
+    files = make_files(root.with_name(root.name + ".files"), **_weights(changes))
+    with BundleWriter(root) as writer:
+        digest = writer.add(files, make_config(**changes))
+    return Bundle.open(root), digest
+
+
+def _weights(changes: dict[str, object]) -> dict[str, bytes]:
+    weights = changes.pop("weights", None)
+    return {} if weights is None else {"weights": weights}
+
+
+@dataclass
+class FakeUplink:
+    """Keeps what is published, and hands over what a test sends."""
+
+    retained: dict[str, fleet_pb2.Event] = field(default_factory=dict)
+    sent: list[tuple[str, fleet_pb2.Event]] = field(default_factory=list)
+    history: list[fleet_pb2.Reported] = field(default_factory=list)
+    callbacks: dict[str, Callable[[bytes], None]] = field(default_factory=dict)
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def publish_retained(self, topic: str, event: fleet_pb2.Event) -> None:
+        self.retained[topic] = event
+        self.history.append(event.reported)
+        self.changed.set()
+
+    def publish(self, topic: str, event: fleet_pb2.Event) -> None:
+        self.sent.append((topic, event))
+        self.changed.set()
+
+    def on_message(self, topic: str, callback: Callable[[bytes], None]) -> None:
+        self.callbacks[topic] = callback
+
+    @property
+    def reported(self) -> fleet_pb2.Reported:
+        return self.retained[TOPICS.reported].reported
+
+    @property
+    def phases(self) -> list[str]:
+        """Each phase once for every time that it was entered."""
+        phases = [reported.phase for reported in self.history]
+        return [phase for before, phase in zip(["", *phases], phases, strict=False) if phase != before]
+
+    def desire(self, generation: int, engine: str, source: str = "") -> None:
+        event = fleet_pb2.Event(id=f"d-{generation}", type="edgellm.desired.v1")
+        event.desired.CopyFrom(fleet_pb2.Desired(generation=generation, engine=engine, source=source))
+        self.callbacks[TOPICS.desired](encode(event, "json"))
+
+    async def until(self, wanted: Callable[[], bool]) -> None:
+        """Returns once what was published makes it true."""
+
+        async def wait() -> None:
+            while not wanted():
+                self.changed.clear()
+                await self.changed.wait()
+
+        try:
+            await asyncio.wait_for(wait(), DEADLINE_S)
+        except asyncio.TimeoutError:
+            raise AssertionError(
+                f"did not come; reported: {self.history[-1:]}, sent: {self.sent[-1:]}"
+            ) from None
+
+    async def until_phase(self, *phases: str) -> fleet_pb2.Reported:
+        await self.until(lambda: self.reported.phase in phases)
+        return self.reported
