@@ -1,7 +1,9 @@
 """Starts a real MQTT broker on a free loopback port: mosquitto where it is installed, else PyPI's amqtt."""
 
 import contextlib
+import getpass
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -11,12 +13,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 HOST = "127.0.0.1"
+# As root, mosquitto would become another user, who cannot read a folder of ours.
 _MOSQUITTO = """\
+user {user}
 listener {port} 127.0.0.1
-allow_anonymous true
-persistence false
 log_dest stderr
+{options}
 """
+# What the broker of a demo does: take everybody, and keep nothing.
+OPEN = "allow_anonymous true\npersistence false"
 _AMQTT = """\
 listeners:
   default:
@@ -35,14 +40,16 @@ class BrokerError(RuntimeError):
 class Broker:
     """A broker process with a configuration of its own; amqtt speaks MQTT 3.1.1 only."""
 
-    def __init__(self, kind: str, folder: Path, port: int | None = None) -> None:
+    def __init__(self, kind: str, folder: Path, port: int | None = None, options: str = OPEN) -> None:
+        """Prepare; `options` are lines of mosquitto's configuration, amqtt has none."""
         self.kind = kind
         self.host = HOST
         self.port = port or _free_port()
         self._log = folder / "broker.log"
         self._config = folder / "broker.conf"
         template = _MOSQUITTO if kind == "mosquitto" else _AMQTT
-        self._config.write_text(template.format(port=self.port), "utf-8")
+        config = template.format(port=self.port, options=options, user=getpass.getuser())
+        self._config.write_text(config, "utf-8")
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -62,14 +69,26 @@ class Broker:
                 return
             time.sleep(0.05)
         self.stop()
-        raise BrokerError(f"{self.kind} did not come up: {self._log.read_text('utf-8', 'replace')[-500:]}")
+        raise BrokerError(f"{self.kind} did not come up: {self.log[-500:]}")
+
+    @property
+    def log(self) -> str:
+        """What it has said so far."""
+        return self._log.read_text("utf-8", "replace")
+
+    def kill(self) -> None:
+        """End it as a power cut would."""
+        self._end(signal.SIGKILL)
 
     def stop(self) -> None:
         """End the process that `start` started, if it is there."""
+        self._end(signal.SIGTERM)
+
+    def _end(self, number: signal.Signals) -> None:
         process, self._process = self._process, None
         if process is None:
             return
-        process.terminate()
+        process.send_signal(number)
         try:
             process.wait(5)
         except subprocess.TimeoutExpired:
@@ -88,10 +107,10 @@ def find_mosquitto() -> str | None:
 
 
 @contextlib.contextmanager
-def running_broker(kind: str | None = None) -> Iterator[Broker]:
+def running_broker(kind: str | None = None, options: str = OPEN) -> Iterator[Broker]:
     """Run a broker as long as the context lasts; without a kind, the best that is installed."""
     with tempfile.TemporaryDirectory(prefix="edgellm-broker-") as folder:
-        broker = Broker(kind or ("mosquitto" if find_mosquitto() else "amqtt"), Path(folder))
+        broker = Broker(kind or ("mosquitto" if find_mosquitto() else "amqtt"), Path(folder), options=options)
         try:
             broker.start()
             yield broker

@@ -13,12 +13,18 @@ from edgellm_agent.desired.settings import DesiredSettings
 from edgellm_agent.errors import BusyError, EngineError, PreconditionError
 from edgellm_agent.lifecycle import EngineManager
 from tests.support.agents import wait_for
-from tests.support.desired_device import TOPICS, FakeUplink, StillManager, make_layout, make_manager
+from tests.support.desired_device import (
+    NOW_NS,
+    TOPICS,
+    FakeUplink,
+    StillManager,
+    make_layout,
+    make_manager,
+)
 from tests.support.range_server import Answer, range_server
 
 # What a fetch holds before it writes, a read of the network more.
 PIECE_BYTES = (256 + 64) << 10
-NOW_NS = 1_800_000_000_000_000_000
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +58,7 @@ class Device:
         self.manager = make_manager(self.root / "state", self.kind)
         self.events = []
         self.manager.events.listen(self.events.append)
-        self.controller = DesiredController(
-            self.settings, self.manager, self.uplink, TOPICS, run=7, wall_ns=lambda: NOW_NS
-        )
+        self.controller = DesiredController(self.settings, self.manager, self.uplink)
 
     async def start(self):
         await self.manager.start()

@@ -1,6 +1,7 @@
 """Desired state and commands through a real mosquitto: what is retained reaches a device that was away."""
 
 import asyncio
+from contextlib import asynccontextmanager
 
 import paho.mqtt.client as paho
 import pytest
@@ -11,38 +12,30 @@ from edgellm.v1 import fleet_pb2
 from edgellm_agent.desired.commands import Commands
 from edgellm_agent.desired.controller import DesiredController
 from edgellm_agent.desired.settings import CommandSettings, DesiredSettings
+from edgellm_agent.mqtt.publisher import MqttPublisher
 from edgellm_agent.registry import Registry
+from edgellm_agent.telemetry.host import HostSource
+from edgellm_agent.telemetry.sampler import Sampler
 from tests.support.broker import find_mosquitto, listening, running_broker
-from tests.support.desired_device import TOPICS, make_layout, make_manager
+from tests.support.desired_device import NOW_NS, TOPICS, make_layout, make_manager
+from tests.support.publishing import is_state, settings_for
 from tests.support.range_server import range_server
 
-NOW_NS = 1_800_000_000_000_000_000
 
-
-class PahoUplink:
-    """The uplink's contract with nothing but paho: no outbox, the loop's thread hands payloads over."""
-
-    def __init__(self, broker):
-        self._loop = asyncio.get_running_loop()
-        self._client = paho.Client(CallbackAPIVersion.VERSION2)
-        self._client.connect(broker.host, broker.port)
-        self._client.loop_start()
-
-    def publish_retained(self, topic, event):
-        self._client.publish(topic, encode(event, "json"), qos=1, retain=True)
-
-    def publish(self, topic, event):
-        self._client.publish(topic, encode(event, "json"), qos=1)
-
-    def on_message(self, topic, callback):
-        self._client.message_callback_add(
-            topic, lambda _client, _data, message: self._loop.call_soon_threadsafe(callback, message.payload)
-        )
-        self._client.subscribe(topic, qos=1)
-
-    def close(self):
-        self._client.disconnect()
-        self._client.loop_stop()
+@asynccontextmanager
+async def linked(broker, state_dir):
+    """A real uplink, without telemetry."""
+    sampler = Sampler(HostSource(), interval_s=3600)
+    publisher = MqttPublisher(
+        settings_for(broker, tenant=TOPICS.tenant, group=TOPICS.group),
+        sampler,
+        device=TOPICS.device,
+        state_dir=state_dir,
+        agent_version="0.1.0",
+    )
+    publisher.start()
+    yield publisher
+    await publisher.close()
 
 
 @pytest.fixture
@@ -68,18 +61,16 @@ async def test_a_device_that_was_away_converges_when_it_returns(broker, tmp_path
         wish = fleet_pb2.Event(id="f-1")
         wish.desired.CopyFrom(fleet_pb2.Desired(generation=4, engine=digest, source=f"{server.url}/engine"))
         await asyncio.to_thread(send, broker, TOPICS.desired, wish, retain=True)
-        manager, uplink = make_manager(tmp_path / "state"), PahoUplink(broker)
-        controller = DesiredController(
-            DesiredSettings(sources=[server.url]), manager, uplink, TOPICS, run=1, wall_ns=lambda: NOW_NS
-        )
-        await manager.start()
-        controller.start()
-        told = await asyncio.to_thread(
-            listener.wait_for, lambda message: message.event.reported.phase == "CONVERGED"
-        )
-        assert told.event.reported.active_engine == digest
-        await controller.close()
-        uplink.close()
+        async with linked(broker, tmp_path / "link") as uplink:
+            manager = make_manager(tmp_path / "state")
+            controller = DesiredController(DesiredSettings(sources=[server.url]), manager, uplink)
+            await manager.start()
+            controller.start()
+            told = await asyncio.to_thread(
+                listener.wait_for, lambda message: message.event.reported.phase == "CONVERGED"
+            )
+            assert told.event.reported.active_engine == digest
+            await controller.close()
         await manager.close()
     with listening(broker, TOPICS.reported) as late:
         kept = await asyncio.to_thread(late.wait_for, lambda _: True)
@@ -87,25 +78,24 @@ async def test_a_device_that_was_away_converges_when_it_returns(broker, tmp_path
     assert kept.event.reported.observed_generation == 4
 
 
-async def test_a_command_is_answered_on_the_devices_own_topic_only(broker):
+async def test_a_command_is_answered_on_the_devices_own_topic_only(broker, tmp_path):
     async def report():
         return "told"
 
-    uplink = PahoUplink(broker)
-    commands = Commands(
-        CommandSettings(allow=["report"]), {"report": report}, uplink, TOPICS, run=1, wall_ns=lambda: NOW_NS
-    )
-    commands.start()
     order = fleet_pb2.Event(id="c-1")
     order.command.name = "report"
     order.command.expires.FromNanoseconds(NOW_NS + 60 * 10**9)
     with listening(broker) as listener:
-        await asyncio.to_thread(send, broker, TOPICS.command_request, order, retain=False)
-        answer = await asyncio.to_thread(
-            listener.wait_for, lambda message: message.topic != TOPICS.command_request
-        )
-    await commands.close()
-    uplink.close()
+        async with linked(broker, tmp_path) as uplink:
+            settings = CommandSettings(allow=["report"])
+            commands = Commands(settings, {"report": report}, uplink, wall_ns=lambda: NOW_NS)
+            commands.start()
+            await asyncio.to_thread(listener.wait_for, is_state(online=True))
+            await asyncio.to_thread(send, broker, TOPICS.command_request, order, retain=False)
+            answer = await asyncio.to_thread(
+                listener.wait_for, lambda message: message.topic not in {TOPICS.command_request, TOPICS.state}
+            )
+            await commands.close()
     assert answer.topic == TOPICS.command_response
     assert (answer.event.command_result.command_id, answer.event.command_result.output) == ("c-1", "told")
 

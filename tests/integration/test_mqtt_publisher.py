@@ -1,27 +1,41 @@
-"""The publisher on a real broker: birth, will, telemetry, outages."""
+"""The publisher on a real broker that is there: birth, will, telemetry, events, messages to the device."""
+
+from __future__ import annotations
 
 import asyncio
 import json
 import logging
-import socket
-import sys
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from pathlib import Path
 
+import paho.mqtt.client as paho
 import pytest
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
 
-from edgellm.v1 import fleet_pb2, telemetry_pb2
+from edgellm.v1 import fleet_pb2
+from edgellm_agent.events import Events
+from edgellm_agent.mqtt.base import MAX_PAYLOAD_BYTES, MessageProperties
 from edgellm_agent.mqtt.publisher import MqttPublisher
 from edgellm_agent.mqtt.settings import MqttSettings, MqttTlsSettings
 from edgellm_agent.telemetry.sampler import Sampler
 from edgellm_agent.telemetry.sysfs import SysfsSource
 from tests.support import boards
-from tests.support.broker import Broker, Listener, Received, find_mosquitto, listening, running_broker
-
-PREFIX = "edgellm/v1/default/default/jetson-01"
-ENGINE = "sha256:" + "a" * 64
+from tests.support.broker import Broker, find_mosquitto, listening, running_broker
+from tests.support.publishing import (
+    ENGINE,
+    PREFIX,
+    agent_process,
+    is_leaf,
+    is_live,
+    is_state,
+    publishing,
+    receive,
+    retained,
+    settings_for,
+    until,
+    worker_ended,
+)
 
 
 @pytest.fixture(scope="module", params=["mosquitto", "amqtt"])
@@ -32,67 +46,12 @@ def broker(request: pytest.FixtureRequest) -> Iterator[Broker]:
         yield running
 
 
-@pytest.fixture
-def mosquitto() -> Iterator[Broker]:
-    """One of its own, for tests that stop it; MQTT 5 where mosquitto is there."""
-    with running_broker() as running:
-        yield running
-
-
-@asynccontextmanager
-async def publishing(
-    broker: Broker, state_dir: Path, device: str = "jetson-01", **settings: object
-) -> AsyncIterator[MqttPublisher]:
-    """A whole telemetry over an Orin Nano's files, ten times a second."""
-    options = {"protocol": broker.protocols[0], "interval_s": 0.1, "keepalive_s": 5} | settings
-    sampler = Sampler(
-        SysfsSource(boards.build(state_dir / "root", boards.ORIN_NANO)),
-        lambda: telemetry_pb2.Runtime(state="serving", engine=ENGINE),
-        interval_s=0.1,
-    )
-    publisher = MqttPublisher(
-        MqttSettings.model_validate({"host": broker.host, "port": broker.port} | options),
-        sampler,
-        device=device,
-        state_dir=state_dir,
-        agent_version="0.1.0",
-        profile="orin-nano-8gb",
-    )
-    sampler.start()
-    publisher.start()
-    try:
-        yield publisher
-    finally:
-        await asyncio.wait_for(publisher.close(), 11)
-        await asyncio.wait_for(sampler.close(), 2)
-
-
-async def receive(listener: Listener, wanted: Callable[[Received], bool], deadline_s: float = 15) -> Received:
-    return await asyncio.to_thread(listener.wait_for, wanted, deadline_s)
-
-
-def is_state(*, online: bool, session: int | None = None) -> Callable[[Received], bool]:
-    def wanted(message: Received) -> bool:
-        state = message.event.state
-        return message.leaf == "state" and state.online == online and session in (None, state.session)
-
-    return wanted
-
-
-def is_leaf(leaf: str) -> Callable[[Received], bool]:
-    return lambda message: message.leaf == leaf
-
-
-def retained(broker: Broker, topic: str) -> Received:
-    with listening(broker, topic) as late:
-        return late.wait_for(lambda _: True)
-
-
 async def test_a_birth_is_retained_and_a_clean_stop_says_goodbye(broker: Broker, tmp_path: Path) -> None:
-    with listening(broker) as listener:
-        async with publishing(broker, tmp_path, device="birth"):
+    topic = "edgellm/v1/default/default/birth/state"
+    with listening(broker, topic) as listener:
+        async with publishing(settings_for(broker), tmp_path, device="birth"):
             born = await receive(listener, is_state(online=True))
-            kept = await asyncio.to_thread(retained, broker, "edgellm/v1/default/default/birth/state")
+            kept = await asyncio.to_thread(retained, broker, topic)
         gone = await receive(listener, is_state(online=False))
     assert (born.qos, born.retain, kept.retain) == (1, False, True)
     assert kept.payload == born.payload
@@ -103,7 +62,7 @@ async def test_a_birth_is_retained_and_a_clean_stop_says_goodbye(broker: Broker,
     # Said by the device, not by the broker for it: it has a time, and the will is not sent.
     assert gone.event.HasField("time")
     assert gone.event.state.session == 1
-    after = await asyncio.to_thread(retained, broker, "edgellm/v1/default/default/birth/state")
+    after = await asyncio.to_thread(retained, broker, topic)
     assert after.payload == gone.payload
     assert (born.event.id, gone.event.id) == ("1-state-1", "1-state-2")
 
@@ -115,10 +74,11 @@ async def test_telemetry_parses_back_in_each_protocol_and_encoding(
 ) -> None:
     if protocol not in broker.protocols:
         pytest.skip(f"{broker.kind} does not speak MQTT {protocol}")
-    with listening(broker, protocol=protocol) as listener:
-        async with publishing(broker, tmp_path, protocol=protocol, encoding=encoding, message_expiry_s=60):
+    settings = settings_for(broker, protocol=protocol, encoding=encoding, message_expiry_s=60)
+    with listening(broker, f"{PREFIX}/#", protocol=protocol) as listener:
+        async with publishing(settings, tmp_path) as publisher:
             born = await receive(listener, is_state(online=True))
-            thermal = await receive(listener, is_leaf("thermal"))
+            thermal = await receive(listener, is_live(publisher, "thermal"))
             power = await receive(listener, is_leaf("power"))
             runtime = await receive(listener, is_leaf("runtime"))
     assert thermal.topic == f"{PREFIX}/tele/thermal"
@@ -127,15 +87,13 @@ async def test_telemetry_parses_back_in_each_protocol_and_encoding(
     assert runtime.event.telemetry.runtime.engine == ENGINE
     assert runtime.event.telemetry.memory.available_bytes == 5_321_000 * 1024
     assert runtime.event.telemetry.compute.gpu_percent == 37.5
-    assert thermal.event.id == f"{born.event.state.session}-{thermal.event.telemetry.sequence}-thermal"
+    assert thermal.event.id == f"1-telemetry.thermal-{thermal.event.telemetry.sequence}"
+    assert (thermal.event.run, thermal.event.sequence) == (1, thermal.event.telemetry.sequence)
     assert thermal.event.time == thermal.event.telemetry.time
-    # amqtt delivers with the quality that the reader asked for.
-    assert {message.qos for message in (thermal, power, runtime)} == {0 if broker.kind == "mosquitto" else 1}
     assert not any(message.retain for message in (thermal, power, runtime))
     types = {"json": "application/json", "protobuf": "application/protobuf; proto=edgellm.v1.Event"}
-    assert {message.content_type for message in (born, thermal)} == {
-        types[encoding] if protocol == "5" else None
-    }
+    expected = types[encoding] if protocol == "5" else None
+    assert {message.content_type for message in (born, thermal)} == {expected}
     assert thermal.expiry_s is None if protocol == "3.1.1" else thermal.expiry_s in (59, 60)
     # The state is kept for whoever comes late, however late.
     assert born.expiry_s is None
@@ -143,18 +101,43 @@ async def test_telemetry_parses_back_in_each_protocol_and_encoding(
         assert json.loads(power.payload)["telemetry"]["power"]["mode"] == "25W"
 
 
-async def test_telemetry_travels_with_the_quality_that_is_configured(broker: Broker, tmp_path: Path) -> None:
-    with listening(broker) as listener:
-        async with publishing(broker, tmp_path, qos=1):
-            messages = [await receive(listener, is_leaf("thermal")) for _ in range(3)]
-    assert [message.qos for message in messages] == [1, 1, 1]
+@pytest.mark.parametrize("qos", [0, 1])
+async def test_live_telemetry_travels_with_the_quality_that_is_configured(
+    broker: Broker, tmp_path: Path, qos: int
+) -> None:
+    if broker.kind == "amqtt":
+        pytest.skip("amqtt delivers with the quality that the reader asked for")
+    with listening(broker, f"{PREFIX}/tele/#") as listener:
+        async with publishing(settings_for(broker, qos=qos), tmp_path) as publisher:
+            await receive(listener, is_leaf("thermal"))
+            messages = [await receive(listener, is_live(publisher, "thermal")) for _ in range(3)]
+    assert [message.qos for message in messages] == [qos] * 3
     sequences = [message.event.telemetry.sequence for message in messages]
     assert sequences == sorted(set(sequences))
 
 
+async def test_what_does_not_move_is_told_once_and_a_new_connection_begins_with_everything(
+    broker: Broker, tmp_path: Path
+) -> None:
+    with listening(broker, f"{PREFIX}/#") as listener:
+        async with publishing(settings_for(broker, max_silence_s=3600), tmp_path) as publisher:
+            await receive(listener, is_leaf("runtime"))
+            publisher.happened(worker_ended(1))
+            between = []
+            while not between or between[-1].leaf != "worker":
+                between.append(await receive(listener, lambda _: True))
+            zone = tmp_path / "root/sys/class/thermal/thermal_zone8/temp"
+            zone.write_text("51000\n")
+            warmer = await receive(listener, lambda message: "/tele/" in message.topic)
+    # The first CPU load needs two samples, so the runtime may come a second time; the board's heat may not.
+    assert {message.leaf for message in between} <= {"runtime", "worker"}
+    assert warmer.leaf == "thermal"
+    assert warmer.event.telemetry.thermal.max_celsius == 51.0
+
+
 async def test_a_change_of_engine_is_told_at_once_and_only_then(broker: Broker, tmp_path: Path) -> None:
     with listening(broker, "edgellm/+/+/+/engines/state") as listener:
-        async with publishing(broker, tmp_path, device="engines") as publisher:
+        async with publishing(settings_for(broker), tmp_path, device="engines") as publisher:
             await receive(listener, is_state(online=True))
             publisher.update_state(active_engine=ENGINE)
             changed = await receive(listener, is_state(online=True))
@@ -165,42 +148,56 @@ async def test_a_change_of_engine_is_told_at_once_and_only_then(broker: Broker, 
     assert (gone.event.state.online, gone.event.state.active_engine) == (False, "")
 
 
-AGENT = """
-import asyncio, sys
-from pathlib import Path
-from edgellm_agent.mqtt.publisher import MqttPublisher
-from edgellm_agent.telemetry.sampler import Sampler
-from edgellm_agent.mqtt.settings import MqttSettings
-from edgellm_agent.telemetry.sysfs import SysfsSource
+async def test_what_happens_is_told_on_the_topic_of_its_kind_with_ids_that_count(
+    broker: Broker, tmp_path: Path
+) -> None:
+    happenings = [
+        fleet_pb2.GovernorChanged(before="NOMINAL"),
+        fleet_pb2.EngineChanged(what="ACTIVATED", engine=ENGINE),
+        worker_ended(1),
+        worker_ended(2),
+    ]
+    with listening(broker, f"{PREFIX}/evt/+") as listener:
+        async with publishing(settings_for(broker), tmp_path) as publisher:
+            events = Events()
+            events.listen(publisher.happened)
+            for happening in happenings:
+                events.tell(happening)
+            heard = [await receive(listener, lambda _: True) for _ in happenings]
+            await until(lambda: publisher.part().queued_events == 0)
+    assert [(message.leaf, message.event.id, message.qos) for message in heard] == [
+        ("throttle", "1-governor-1", 1),
+        ("deploy", "1-engine-1", 1),
+        ("worker", "1-worker-1", 1),
+        ("worker", "1-worker-2", 1),
+    ]
+    assert heard[0].event.governor == happenings[0]
+    assert heard[1].event.engine == happenings[1]
+    assert heard[3].event.worker == happenings[3]
+    assert heard[3].event.type == "edgellm.worker.v1"
 
-async def main(settings, folder):
-    sampler = Sampler(SysfsSource(Path(folder)))
-    publisher = MqttPublisher(MqttSettings.model_validate_json(settings), sampler, device="victim",
-                              state_dir=Path(folder), agent_version="0.1.0", active_engine="sha256:0")
-    sampler.start()
-    publisher.start()
-    await asyncio.sleep(60)
 
-asyncio.run(main(*sys.argv[1:]))
-"""
+async def test_each_start_of_the_agent_is_a_run_of_its_own(broker: Broker, tmp_path: Path) -> None:
+    ids = []
+    with listening(broker, f"{PREFIX}/evt/worker") as listener:
+        for _ in range(2):
+            async with publishing(settings_for(broker), tmp_path) as publisher:
+                publisher.happened(worker_ended(1))
+                ids.append((await receive(listener, is_leaf("worker"))).event.id)
+    assert ids == ["1-worker-1", "2-worker-1"]
 
 
 async def test_a_killed_agent_leaves_a_retained_will_of_its_session(broker: Broker, tmp_path: Path) -> None:
-    topic = "edgellm/v1/default/default/victim/state"
-    settings = MqttSettings(host=broker.host, port=broker.port, protocol=broker.protocols[0])  # type: ignore[arg-type]
+    topic = f"{PREFIX}/state"
     with listening(broker, topic) as listener:
         for session in (1, 2):
-            agent = await asyncio.create_subprocess_exec(
-                sys.executable, "-c", AGENT, settings.model_dump_json(), str(tmp_path)
-            )
-            try:
-                born = await receive(listener, is_state(online=True, session=session))
-            finally:
+            async with agent_process(settings_for(broker), tmp_path) as agent:
+                born = await receive(
+                    listener, lambda message: message.event.state.active_engine == ENGINE, deadline_s=30
+                )
                 agent.kill()
-                await agent.wait()
             will = await receive(listener, is_state(online=False))
-            assert born.event.state.active_engine == "sha256:0"
-            assert will.event.state.session == session
+            assert (born.event.state.session, will.event.state.session) == (session, session)
             assert will.event.state.agent_version == "0.1.0"
             assert not will.event.HasField("time")
             assert will.qos == 1
@@ -209,87 +206,91 @@ async def test_a_killed_agent_leaves_a_retained_will_of_its_session(broker: Brok
             assert kept.content_type == born.content_type
 
 
-async def test_an_absent_broker_is_no_error_and_is_found_when_it_comes(
-    mosquitto: Broker, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    mosquitto.stop()
-    async with publishing(mosquitto, tmp_path) as publisher:
-        await asyncio.sleep(1.5)
-        assert not publisher.connected
-        publisher.update_state(active_engine=ENGINE)
-        mosquitto.start()
-        with listening(mosquitto) as listener:
-            born = await receive(listener, is_state(online=True))
-            first = await receive(listener, is_leaf("thermal"))
-    # The engine told during the outage is in the birth, and refused dials used up no number.
-    assert (born.event.state.session, born.event.state.active_engine) == (1, ENGINE)
-    # Nothing of the outage was kept: what comes is now.
-    assert first.event.telemetry.sequence > 10
-    # An outage is one line, not one per dial.
-    warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    assert warnings == [f"mqtt.unreachable host=127.0.0.1 port={mosquitto.port}"]
+async def test_messages_to_the_device_arrive_with_what_came_with_them(broker: Broker, tmp_path: Path) -> None:
+    heard: list[tuple[str, bytes, MessageProperties]] = []
+    with listening(broker) as listener:
+        async with publishing(settings_for(broker), tmp_path) as publisher:
+            # One before the connection, one after: both are subscribed.
+            publisher.on_message(f"{PREFIX}/cmd/req", lambda *message: heard.append(message))
+            await receive(listener, is_state(online=True))
+            publisher.on_message(f"{PREFIX}/desired", lambda *message: heard.append(message))
+            await asyncio.to_thread(_send, broker, f"{PREFIX}/desired", b"wanted", True)
+            await until(lambda: len(heard) == 1)
+            await asyncio.to_thread(_send, broker, f"{PREFIX}/cmd/req", b"do it", False)
+            await until(lambda: len(heard) == 2)
+    five = "5" in broker.protocols
+    assert heard[0][:2] == (f"{PREFIX}/desired", b"wanted")
+    answer_to = MessageProperties(False, "text/plain", "answers", b"7") if five else MessageProperties(False)
+    assert heard[1] == (f"{PREFIX}/cmd/req", b"do it", answer_to)
 
 
-async def test_after_a_restart_of_the_broker_the_state_comes_again_with_a_new_session(
-    mosquitto: Broker, tmp_path: Path
-) -> None:
-    async with publishing(mosquitto, tmp_path, qos=1) as publisher:
-        with listening(mosquitto) as listener:
-            await receive(listener, is_state(online=True, session=1))
-            await receive(listener, is_leaf("thermal"))
-            mosquitto.stop()
-            publisher.update_state(active_engine=ENGINE)
-            listener.drain()
-            mosquitto.start()
-            again = await receive(listener, is_state(online=True, session=2))
-            thermal = await receive(listener, is_leaf("thermal"))
-        kept = await asyncio.to_thread(retained, mosquitto, f"{PREFIX}/state")
-    assert again.event.state.active_engine == ENGINE
-    assert thermal.event.id.startswith("2-")
-    # No state of the session before, sent again by the client, has replaced the new one.
-    assert kept.event.state.session == 2
-
-
-async def test_a_broker_that_stops_reading_does_not_fill_memory_or_stop_sampling(tmp_path: Path) -> None:
-    """A listener that accepts, says yes to MQTT 3.1.1 and then never reads again."""
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()
-        settings = MqttSettings(host="127.0.0.1", port=listener.getsockname()[1], protocol="3.1.1", qos=1)
-        sampler = Sampler(SysfsSource(boards.build(tmp_path / "root", boards.ORIN_NANO)), interval_s=0.01)
-        publisher = MqttPublisher(
-            settings.model_copy(update={"interval_s": 0.01}),
-            sampler,
-            device="stalled",
-            state_dir=tmp_path,
-            agent_version="0.1.0",
+async def test_a_retained_wish_is_found_by_a_device_that_comes_later(broker: Broker, tmp_path: Path) -> None:
+    heard: list[tuple[bytes, bool]] = []
+    await asyncio.to_thread(_send, broker, "edgellm/v1/default/default/late/desired", b"generation 2", True)
+    async with publishing(settings_for(broker), tmp_path, device="late") as publisher:
+        publisher.on_message(
+            publisher.topics.desired, lambda _, payload, p: heard.append((payload, p.retain))
         )
-        sampler.start()
-        publisher.start()
-        connection, _ = await asyncio.to_thread(listener.accept)
-        with connection:
-            await asyncio.to_thread(connection.recv, 4096)
-            connection.sendall(b"\x20\x02\x00\x00")
-            async for record in sampler.records():
-                if record.sequence >= 150:
-                    break
-            waiting = sum(not info.is_published() for info in publisher._in_flight)
-            assert publisher.connected
-            # One round and no more, though fifty were due: nothing of it was acknowledged.
-            assert waiting == 3
-            assert len(publisher._client._out_messages) <= 4
-            started = time.monotonic()
-            await publisher.close(deadline_s=0.5)
-            assert time.monotonic() - started < 3
-        await sampler.close()
+        await until(lambda: bool(heard))
+    # amqtt delivers it twice.
+    assert set(heard) == {(b"generation 2", True)}
+
+
+async def test_an_answer_carries_the_correlation_of_its_question(broker: Broker, tmp_path: Path) -> None:
+    if "5" not in broker.protocols:
+        pytest.skip("MQTT 3.1.1 has no correlation data")
+    with listening(broker, f"{PREFIX}/cmd/resp") as listener:
+        async with publishing(settings_for(broker), tmp_path) as publisher:
+            event = publisher.new_event("command_result")
+            event.command_result.name = "report"
+            publisher.publish_event(publisher.topics.command_response, event, correlation_data=b"7")
+            answer = await receive(listener, is_leaf("resp"))
+    assert (answer.event.id, answer.correlation_data) == ("1-command_result-1", b"7")
+
+
+async def test_a_message_that_is_too_long_is_dropped_and_told(
+    broker: Broker, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    heard: list[bytes] = []
+    async with publishing(settings_for(broker), tmp_path) as publisher:
+        publisher.on_message(f"{PREFIX}/cmd/req", lambda _, payload, __: heard.append(payload))
+        await _subscribed(broker)
+        await asyncio.to_thread(_send, broker, f"{PREFIX}/cmd/req", b"x" * (MAX_PAYLOAD_BYTES + 1), False)
+        await asyncio.to_thread(_send, broker, f"{PREFIX}/cmd/req", b"short", False)
+        await until(lambda: bool(heard))
+        with pytest.raises(ValueError, match=f"more than {MAX_PAYLOAD_BYTES}"):
+            publisher.publish_event("edgellm/x", fleet_pb2.Event(source="x" * MAX_PAYLOAD_BYTES))
+    assert heard == [b"short"]
+    assert any("mqtt.message_too_long" in record.getMessage() for record in caplog.records)
+
+
+async def test_a_callback_that_fails_takes_no_other_message_along(
+    broker: Broker, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    heard: list[bytes] = []
+
+    def fail_once(_topic: str, payload: bytes, _properties: MessageProperties) -> None:
+        heard.append(payload)
+        if len(heard) == 1:
+            raise RuntimeError("a mistake")
+
+    async with publishing(settings_for(broker), tmp_path) as publisher:
+        publisher.on_message(f"{PREFIX}/cmd/req", fail_once)
+        await _subscribed(broker)
+        for payload in (b"one", b"two"):
+            await asyncio.to_thread(_send, broker, f"{PREFIX}/cmd/req", payload, False)
+        await until(lambda: len(heard) == 2)
+    assert [record.getMessage() for record in caplog.records if record.exc_info] == [
+        f"mqtt.message_failed topic={PREFIX}/cmd/req"
+    ]
 
 
 async def test_a_device_without_power_sensors_sends_no_power(broker: Broker, tmp_path: Path) -> None:
     sampler = Sampler(SysfsSource(boards.build(tmp_path, boards.ORIN_NANO)), interval_s=0.1)
     sampler._reader._probes = [probe for probe in sampler._reader._probes if probe.part != "power"]
-    settings = MqttSettings(host=broker.host, port=broker.port, protocol=broker.protocols[0], interval_s=0.1)  # type: ignore[arg-type]
-    publisher = MqttPublisher(settings, sampler, device="laptop", state_dir=tmp_path, agent_version="0.1.0")
+    publisher = MqttPublisher(
+        settings_for(broker), sampler, device="laptop", state_dir=tmp_path, agent_version="0.1.0"
+    )
     with listening(broker, "edgellm/v1/default/default/laptop/tele/#") as listener:
         sampler.start()
         publisher.start()
@@ -311,16 +312,38 @@ def test_a_password_or_tls_file_that_cannot_be_used_is_told_at_once(
         (MqttSettings(host="localhost", tls=MqttTlsSettings(cert_file=garbage)), r"tls files .*garbage\.pem"),
     ):
         with pytest.raises(ValueError, match=message):
-            publisher_of(settings, tmp_path)
+            _publisher(settings, tmp_path)
 
 
-def test_a_password_comes_from_its_file_without_the_line_feed(tmp_path: Path) -> None:
-    secret = tmp_path / "password"
-    secret.write_text("s3cret \n")
-    publisher = publisher_of(MqttSettings(host="localhost", username="u", password_file=secret), tmp_path)
-    assert (publisher._client.username, publisher._client.password) == ("u", "s3cret ")
-
-
-def publisher_of(settings: MqttSettings, state_dir: Path) -> MqttPublisher:
+def _publisher(settings: MqttSettings, state_dir: Path) -> MqttPublisher:
     sampler = Sampler(SysfsSource(state_dir))
     return MqttPublisher(settings, sampler, device="jetson-01", state_dir=state_dir, agent_version="0.1.0")
+
+
+async def _subscribed(broker: Broker) -> None:
+    """The birth comes after the subscriptions, so whoever hears it knows that they stand."""
+    with listening(broker, f"{PREFIX}/state") as listener:
+        await receive(listener, is_state(online=True))
+
+
+def _send(broker: Broker, topic: str, payload: bytes, retain: bool) -> None:
+    """As a controller would, with an address for the answer where the protocol has one."""
+    five = "5" in broker.protocols
+    client = paho.Client(
+        paho.CallbackAPIVersion.VERSION2,
+        client_id="controller",
+        protocol=paho.MQTTv5 if five else paho.MQTTv311,
+    )
+    properties = None
+    if five:
+        properties = Properties(PacketTypes.PUBLISH)
+        properties.ContentType = "text/plain"
+        properties.ResponseTopic = "answers"
+        properties.CorrelationData = b"7"
+    client.connect(broker.host, broker.port)
+    client.loop_start()
+    try:
+        client.publish(topic, payload, 1, retain, properties).wait_for_publish(10)
+    finally:
+        client.disconnect()
+        client.loop_stop()

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
 
 from edgellm.fleet.topics import decode
 from edgellm.v1 import fleet_pb2
@@ -27,6 +29,7 @@ class Received:
     retain: bool
     content_type: str | None
     expiry_s: int | None
+    correlation_data: bytes | None
 
     @property
     def leaf(self) -> str:
@@ -53,6 +56,7 @@ class Listener:
                 message.retain,
                 getattr(properties, "ContentType", None),
                 getattr(properties, "MessageExpiryInterval", None),
+                getattr(properties, "CorrelationData", None),
             )
         )
 
@@ -78,13 +82,25 @@ class Listener:
 
 
 @contextlib.contextmanager
-def listening(broker: Broker, topic: str = "edgellm/#", protocol: str | None = None) -> Iterator[Listener]:
-    """Subscribe with QoS 1 until the context ends, again after the broker's restarts."""
+def listening(
+    broker: Broker,
+    topic: str = "edgellm/#",
+    protocol: str | None = None,
+    prepare: Callable[[paho.Client], None] = lambda _: None,
+    durable: str | None = None,
+) -> Iterator[Listener]:
+    """Subscribe with QoS 1 until the context ends, again after the broker's restarts.
+
+    `prepare` sees the client before it connects, to give it a certificate or a password. A durable listener
+    is known to the broker by name, and finds what came while it was away.
+    """
     listener, subscribed = Listener(), queue.Queue[bool]()
     five = (protocol or broker.protocols[0]) == "5"
     version = MQTTProtocolVersion.MQTTv5 if five else MQTTProtocolVersion.MQTTv311
     # An identity of its own: amqtt takes all clients without one for the same.
-    client = paho.Client(CallbackAPIVersion.VERSION2, client_id=f"listener-{uuid.uuid4()}", protocol=version)
+    client = paho.Client(
+        CallbackAPIVersion.VERSION2, client_id=durable or f"listener-{uuid.uuid4()}", protocol=version
+    )
     client.on_connect = lambda client, *_: client.subscribe(topic, qos=1)
     client.on_subscribe = lambda *_: subscribed.put(True)
 
@@ -95,7 +111,13 @@ def listening(broker: Broker, topic: str = "edgellm/#", protocol: str | None = N
 
     client.on_message = on_message
     client.reconnect_delay_set(1, 1)
-    client.connect_async(broker.host, broker.port, keepalive=10)
+    prepare(client)
+    if durable is None:
+        client.connect_async(broker.host, broker.port, keepalive=10)
+    else:
+        kept = Properties(PacketTypes.CONNECT)
+        kept.SessionExpiryInterval = 3600
+        client.connect_async(broker.host, broker.port, keepalive=10, clean_start=False, properties=kept)
     client.loop_start()
     try:
         subscribed.get(timeout=15)

@@ -8,16 +8,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from edgellm.bundle import Bundle, BundleWriter
-from edgellm.fleet.topics import DeviceTopics, encode
+from edgellm.fleet.topics import DeviceTopics, encode, envelope
 from edgellm.memory import MemoryPlan
 from edgellm.profiles import load_profile
 from edgellm.v1 import fleet_pb2, worker_pb2
 from edgellm_agent.lifecycle import EngineManager, Policy
 from edgellm_agent.memory import MemoryPolicy
+from edgellm_agent.mqtt.base import MessageProperties, OnMessage
 from edgellm_agent.registry import Registry
 from edgellm_agent.store import Store
 from tests.support.tiny_bundle import make_config, make_files
 
+NOW_NS = 1_800_000_000_000_000_000
 TOPICS = DeviceTopics("acme", "press", "jetson-01")
 DEADLINE_S = 20.0
 
@@ -102,20 +104,33 @@ class FakeUplink:
     retained: dict[str, fleet_pb2.Event] = field(default_factory=dict)
     sent: list[tuple[str, fleet_pb2.Event]] = field(default_factory=list)
     history: list[fleet_pb2.Reported] = field(default_factory=list)
-    callbacks: dict[str, Callable[[bytes], None]] = field(default_factory=dict)
+    callbacks: dict[str, OnMessage] = field(default_factory=dict)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
+    correlated: list[bytes] = field(default_factory=list)
+    sequence: int = 0
+    topics = TOPICS
+    connected = True
+
+    def new_event(self, kind: str) -> fleet_pb2.Event:
+        self.sequence += 1
+        return envelope(TOPICS, kind, 7, self.sequence, NOW_NS)
 
     def publish_retained(self, topic: str, event: fleet_pb2.Event) -> None:
         self.retained[topic] = event
         self.history.append(event.reported)
         self.changed.set()
 
-    def publish(self, topic: str, event: fleet_pb2.Event) -> None:
+    def publish_event(self, topic: str, event: fleet_pb2.Event, *, correlation_data: bytes = b"") -> None:
         self.sent.append((topic, event))
+        self.correlated.append(correlation_data)
         self.changed.set()
 
-    def on_message(self, topic: str, callback: Callable[[bytes], None]) -> None:
+    def on_message(self, topic: str, callback: OnMessage) -> None:
         self.callbacks[topic] = callback
+
+    def send(self, topic: str, payload: bytes, correlation_data: bytes | None = None) -> None:
+        """Hands a payload to the device as its broker would."""
+        self.callbacks[topic](topic, payload, MessageProperties(False, correlation_data=correlation_data))
 
     @property
     def reported(self) -> fleet_pb2.Reported:
@@ -130,7 +145,7 @@ class FakeUplink:
     def desire(self, generation: int, engine: str, source: str = "") -> None:
         event = fleet_pb2.Event(id=f"d-{generation}", type="edgellm.desired.v1")
         event.desired.CopyFrom(fleet_pb2.Desired(generation=generation, engine=engine, source=source))
-        self.callbacks[TOPICS.desired](encode(event, "json"))
+        self.send(TOPICS.desired, encode(event, "json"))
 
     async def until(self, wanted: Callable[[], bool]) -> None:
         """Returns once what was published makes it true."""

@@ -1,29 +1,12 @@
-"""What the parts here share with each other and ask of the rest of the agent."""
+"""What the parts here share with each other."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 from edgellm.bundle.manifest import Descriptor
-from edgellm.v1 import fleet_pb2
-
-
-class Uplink(Protocol):
-    """The link to the broker; every call is made, and every callback comes, on the event loop.
-
-    What is published while the link is down is sent when it is back; of retained events only the last.
-    """
-
-    def publish_retained(self, topic: str, event: fleet_pb2.Event) -> None:
-        """Replaces what the broker keeps for the topic."""
-
-    def publish(self, topic: str, event: fleet_pb2.Event) -> None:
-        """Sends an event once, QoS 1."""
-
-    def on_message(self, topic: str, callback: Callable[[bytes], None]) -> None:
-        """Subscribes to a topic, for good; the callback gets each payload and must not block."""
 
 
 class SourceError(Exception):

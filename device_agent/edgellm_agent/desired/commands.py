@@ -9,14 +9,15 @@ import re
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from typing import TypeAlias
 
 from edgellm.errors import EdgellmError
-from edgellm.fleet.topics import DeviceTopics, decode, envelope
+from edgellm.fleet.topics import decode
 from edgellm.v1 import fleet_pb2
-from edgellm_agent.desired.base import Uplink
 from edgellm_agent.desired.settings import CommandName, CommandSettings
 from edgellm_agent.errors import AgentError
+from edgellm_agent.mqtt.base import MessageProperties, Uplink
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,16 @@ _REMEMBERED = 1024
 _ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
+@dataclass(frozen=True)
+class _Order:
+    """A command on its way."""
+
+    id: str
+    command: fleet_pb2.Command
+    # What MQTT 5 wants the answer to carry.
+    correlation_data: bytes
+
+
 class Commands:
     """Takes commands from the fleet, does them one at a time, and answers on this device's own topic.
 
@@ -40,8 +51,6 @@ class Commands:
         settings: The names that are allowed.
         actions: What each name does; gives its output.
         uplink: To the fleet.
-        topics: Names of this device's topics.
-        run: Number of this start of the agent.
         wall_ns: Wall clock, nanoseconds since 1970.
     """
 
@@ -50,26 +59,21 @@ class Commands:
         settings: CommandSettings,
         actions: Mapping[CommandName, Action],
         uplink: Uplink,
-        topics: DeviceTopics,
         *,
-        run: int,
         wall_ns: Callable[[], int] = time.time_ns,
     ) -> None:
         self._actions = {str(name): action for name, action in actions.items() if name in settings.allow}
         self._uplink = uplink
-        self._topics = topics
-        self._run = run
         self._wall_ns = wall_ns
-        self._waiting: asyncio.Queue[tuple[str, fleet_pb2.Command]] = asyncio.Queue(MAX_WAITING)
+        self._waiting: asyncio.Queue[_Order] = asyncio.Queue(MAX_WAITING)
         self._seen: OrderedDict[str, None] = OrderedDict()
-        self._sequence = 0
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Listens; does nothing if no command is allowed."""
         if self._actions:
             self._task = asyncio.create_task(self._work(), name="commands")
-            self._uplink.on_message(self._topics.command_request, self.take)
+            self._uplink.on_message(self._uplink.topics.command_request, self.take)
 
     async def close(self) -> None:
         """Stops; a command under way is not answered."""
@@ -78,7 +82,7 @@ class Commands:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 
-    def take(self, payload: bytes) -> None:
+    def take(self, _topic: str, payload: bytes, properties: MessageProperties) -> None:
         """A payload from the request topic; one that cannot be answered is logged and ignored."""
         try:
             if len(payload) > _MAX_PAYLOAD_BYTES:
@@ -93,12 +97,13 @@ class Commands:
             log.info("command.duplicate id=%s", event.id)
             return
         self._remember(event.id)
+        order = _Order(event.id, event.command, properties.correlation_data or b"")
         if refusal := self._refusal(event.command):
-            self._answer(event.id, event.command.name, error=refusal)
+            self._answer(order, error=refusal)
         elif self._waiting.full():
-            self._answer(event.id, event.command.name, error=f"{MAX_WAITING} commands are waiting already")
+            self._answer(order, error=f"{MAX_WAITING} commands are waiting already")
         else:
-            self._waiting.put_nowait((event.id, event.command))
+            self._waiting.put_nowait(order)
 
     def _refusal(self, command: fleet_pb2.Command) -> str:
         """Why the command is not obeyed; empty if it is."""
@@ -117,40 +122,42 @@ class Commands:
     async def _work(self) -> None:
         # The field is asked too: before Python 3.12, `wait_for` can swallow a cancellation.
         while self._task is not None:
-            id_, command = await self._waiting.get()
+            order = await self._waiting.get()
+            name = order.command.name
             # It may have waited long.
-            if refusal := self._refusal(command):
-                self._answer(id_, command.name, error=refusal)
+            if refusal := self._refusal(order.command):
+                self._answer(order, error=refusal)
                 continue
-            log.info("command.begins name=%s id=%s", command.name, id_)
+            log.info("command.begins name=%s id=%s", name, order.id)
             try:
-                output = await asyncio.wait_for(self._actions[command.name](), _DEADLINE_S)
+                output = await asyncio.wait_for(self._actions[name](), _DEADLINE_S)
             except asyncio.TimeoutError:
-                self._answer(id_, command.name, error=f"not done within {_DEADLINE_S:g} s")
+                self._answer(order, error=f"not done within {_DEADLINE_S:g} s")
             except (AgentError, EdgellmError) as error:
-                self._answer(id_, command.name, error=str(error))
+                self._answer(order, error=str(error))
             except Exception:
-                log.exception("command.failed name=%s id=%s", command.name, id_)
-                self._answer(id_, command.name, error="the agent failed; its log says more")
+                log.exception("command.failed name=%s id=%s", name, order.id)
+                self._answer(order, error="the agent failed; its log says more")
             else:
-                self._answer(id_, command.name, output=output)
+                self._answer(order, output=output)
 
     def _remember(self, id_: str) -> None:
         self._seen[id_] = None
         if len(self._seen) > _REMEMBERED:
             self._seen.popitem(last=False)
 
-    def _answer(self, id_: str, name: str, *, output: str = "", error: str = "") -> None:
+    def _answer(self, order: _Order, *, output: str = "", error: str = "") -> None:
+        name = order.command.name[:60]
         if error:
-            log.warning("command.refused name=%.60r id=%s error=%s", name, id_, error)
-        self._sequence += 1
-        event = envelope(self._topics, "command.result", self._run, self._sequence, self._wall_ns())
+            log.warning("command.refused name=%r id=%s error=%s", name, order.id, error)
+        event = self._uplink.new_event("command.result")
         event.command_result.CopyFrom(
             fleet_pb2.CommandResult(
-                command_id=id_, name=name[:60], ok=not error, error=error, output=last_bytes(output)
+                command_id=order.id, name=name, ok=not error, error=error, output=last_bytes(output)
             )
         )
-        self._uplink.publish(self._topics.command_response, event)
+        topic = self._uplink.topics.command_response
+        self._uplink.publish_event(topic, event, correlation_data=order.correlation_data)
 
 
 def last_bytes(text: str, limit: int = MAX_OUTPUT_BYTES) -> str:

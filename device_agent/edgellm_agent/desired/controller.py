@@ -8,19 +8,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import sqlite3
-import time
-from collections.abc import Callable
 
 import pydantic
 
-from edgellm.fleet.topics import DeviceTopics, decode, envelope
+from edgellm.fleet.topics import decode
 from edgellm.v1 import fleet_pb2
 from edgellm_agent.desired import rules
-from edgellm_agent.desired.base import Uplink
 from edgellm_agent.desired.convergence import Convergence
 from edgellm_agent.desired.settings import DesiredSettings
 from edgellm_agent.events import Happening
 from edgellm_agent.lifecycle import EngineManager
+from edgellm_agent.mqtt.base import Uplink
 
 log = logging.getLogger(__name__)
 
@@ -35,31 +33,15 @@ class DesiredController:
         settings: Allow-list and how to fetch.
         manager: Whose engines these are; its registry keeps the state, its events tell what happens.
         uplink: To the fleet.
-        topics: Names of this device's topics.
-        run: Number of this start of the agent.
-        wall_ns: Wall clock, nanoseconds since 1970.
     """
 
-    def __init__(
-        self,
-        settings: DesiredSettings,
-        manager: EngineManager,
-        uplink: Uplink,
-        topics: DeviceTopics,
-        *,
-        run: int,
-        wall_ns: Callable[[], int] = time.time_ns,
-    ) -> None:
+    def __init__(self, settings: DesiredSettings, manager: EngineManager, uplink: Uplink) -> None:
         self._settings = settings
         self._manager = manager
         self._registry = manager.registry
         self._uplink = uplink
-        self._topics = topics
-        self._run = run
-        self._wall_ns = wall_ns
         self._state = rules.State()
         self._told: fleet_pb2.Reported | None = None
-        self._sequence = 0
         self._work: Convergence | None = None
         self._task: asyncio.Task[None] | None = None
         self._next_tick: asyncio.TimerHandle | None = None
@@ -76,7 +58,7 @@ class DesiredController:
         self._manager.events.listen(self._heard)
         self._apply(rules.Restarted(self._registry.active() or "", self._registry.pinned()))
         self._follow()
-        self._uplink.on_message(self._topics.desired, self.take)
+        self._uplink.on_message(self._uplink.topics.desired, lambda _topic, payload, _: self.take(payload))
 
     async def close(self) -> None:
         """Stops working; what was fetched stays for the next run."""
@@ -119,10 +101,9 @@ class DesiredController:
         if reported == self._told and not again:
             return
         self._told = reported
-        self._sequence += 1
-        event = envelope(self._topics, "reported", self._run, self._sequence, self._wall_ns())
+        event = self._uplink.new_event("reported")
         event.reported.CopyFrom(reported)
-        self._uplink.publish_retained(self._topics.reported, event)
+        self._uplink.publish_retained(self._uplink.topics.reported, event)
 
     def _heard(self, happening: Happening) -> None:
         if self._closed or not isinstance(happening, fleet_pb2.EngineChanged):

@@ -1,4 +1,4 @@
-"""Counts an agent's connections across its restarts."""
+"""Counts an agent's starts and connections, across its restarts."""
 
 import logging
 import os
@@ -10,7 +10,7 @@ log = logging.getLogger(__name__)
 
 
 class SessionCounter:
-    """A number per connection that only grows, kept in a small file.
+    """A number per connection, or per start, that only grows, kept in a small file.
 
     Readers ignore a will whose number is older than the birth they know, so the number must never go back:
     where the file is damaged, it goes on from the seconds since 1970, above any count of connections.
@@ -24,7 +24,7 @@ class SessionCounter:
             self._last = 0
         except (OSError, ValueError):
             self._last = int(wall_s())
-            log.warning("telemetry.session_file_damaged path=%s session=%d", path, self._last)
+            log.warning("mqtt.counter_damaged path=%s number=%d", path, self._last)
 
     @property
     def last(self) -> int:
@@ -37,7 +37,7 @@ class SessionCounter:
         try:
             _replace(self._path, f"{self._last}\n")
         except OSError as error:
-            log.warning("telemetry.session_not_kept path=%s error=%s", self._path, error)
+            log.warning("mqtt.counter_not_kept path=%s error=%s", self._path, error)
         return self._last
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -123,11 +123,14 @@ def envelope(
 
 
 def telemetry_events(
-    topics: DeviceTopics, run: int, record: telemetry_pb2.Telemetry
+    topics: DeviceTopics,
+    run: int,
+    record: telemetry_pb2.Telemetry,
+    names: Iterable[str] = tuple(TELEMETRY),
 ) -> Iterator[tuple[str, fleet_pb2.Event]]:
-    """Give the name in `TELEMETRY` and the event for each topic that the record has something for."""
-    for name, fields in TELEMETRY.items():
-        present = [field for field in fields if record.HasField(field)]  # type: ignore[arg-type]
+    """Give name and event for each of these `TELEMETRY` topics that the record has something for."""
+    for name in names:
+        present = [field for field in TELEMETRY[name] if record.HasField(field)]  # type: ignore[arg-type]
         if not present:
             continue
         event = envelope(topics, f"telemetry.{name}", run, record.sequence, record.time.ToNanoseconds())

@@ -26,8 +26,6 @@ class Fleet:
             CommandSettings(allow=allow),
             {**known, **{name.replace("_", "-"): action for name, action in actions.items()}},
             self.uplink,
-            TOPICS,
-            run=3,
             wall_ns=lambda: NOW_S * 10**9 + 5,
         )
         self.commands.start()
@@ -47,7 +45,7 @@ class Fleet:
         event.command.name = name
         if expires_in_s is not None:
             event.command.expires.FromSeconds(NOW_S + expires_in_s)
-        self.uplink.callbacks[TOPICS.command_request](encode(event, "json"))
+        self.uplink.send(TOPICS.command_request, encode(event, "json"))
 
     async def answers(self, count=1):
         await self.uplink.until(lambda: len(self.uplink.sent) >= count)
@@ -78,7 +76,7 @@ async def test_an_allowed_command_is_done_and_answered(fleet):
     (answer,) = await device.answers()
     assert (answer.command_id, answer.name, answer.ok, answer.output) == ("c-1", "report", True, "reported")
     ((_, event),) = device.uplink.sent
-    assert (event.id, event.type) == ("3-command.result-1", "edgellm.command.result.v1")
+    assert (event.id, event.type) == ("7-command.result-1", "edgellm.command.result.v1")
 
 
 @pytest.mark.parametrize("name", ["logs", "shell", "", "REPORT", "x" * 1000])
@@ -195,7 +193,7 @@ async def test_a_long_output_is_cut_to_its_end_and_to_whole_characters(fleet):
 )
 async def test_what_cannot_be_answered_is_ignored(fleet, payload, caplog):
     device = fleet("report")
-    device.uplink.callbacks[TOPICS.command_request](payload)
+    device.uplink.send(TOPICS.command_request, payload)
     assert "command.ignored" in caplog.text
     assert device.uplink.sent == []
 
@@ -205,6 +203,16 @@ async def test_an_expiry_beyond_any_calendar_is_refused(fleet):
     event = fleet_pb2.Event(id="c-1")
     event.command.name = "report"
     event.command.expires.seconds = 2**62
-    device.uplink.callbacks[TOPICS.command_request](encode(event, "protobuf"))
+    device.uplink.send(TOPICS.command_request, encode(event, "protobuf"))
     (answer,) = await device.answers()
     assert "more than 3600 s ahead" in answer.error
+
+
+async def test_the_answer_carries_what_the_request_wants_back(fleet):
+    device = fleet("report")
+    order = fleet_pb2.Event(id="c-9")
+    order.command.name = "report"
+    order.command.expires.FromSeconds(NOW_S + 60)
+    device.uplink.send(TOPICS.command_request, encode(order, "json"), b"ask-1")
+    await device.answers(1)
+    assert device.uplink.correlated == [b"ask-1"]

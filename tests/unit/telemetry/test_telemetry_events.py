@@ -11,7 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgellm.fleet.topics import DeviceTopics, decode, encode, state_event, telemetry_events
+from edgellm.fleet.topics import (
+    EVENTS,
+    TELEMETRY,
+    DeviceTopics,
+    decode,
+    encode,
+    state_event,
+    telemetry_events,
+)
 from edgellm.v1 import fleet_pb2, telemetry_pb2
 from edgellm_agent.mqtt.session import SessionCounter
 from edgellm_agent.mqtt.settings import MqttSettings
@@ -35,10 +43,14 @@ def full_record() -> telemetry_pb2.Telemetry:
 
 def test_each_topic_carries_its_parts_with_the_attributes_of_an_event() -> None:
     events = dict(telemetry_events(TOPICS, 4, full_record()))
-    prefix = "edgellm/v1/acme/line-1/jetson-01/tele"
-    assert list(events) == [f"{prefix}/thermal", f"{prefix}/power", f"{prefix}/runtime"]
+    assert list(events) == ["thermal", "power", "runtime"]
     thermal, power, runtime = events.values()
-    assert (thermal.id, power.id, runtime.id) == ("4-17-thermal", "4-17-power", "4-17-runtime")
+    assert [event.id for event in events.values()] == [
+        "4-telemetry.thermal-17",
+        "4-telemetry.power-17",
+        "4-telemetry.runtime-17",
+    ]
+    assert (power.run, power.sequence, runtime.run, runtime.sequence) == (4, 17, 4, 17)
     assert thermal.type == "edgellm.telemetry.thermal.v1"
     assert thermal.source == "edgellm/acme/line-1/jetson-01"
     assert thermal.time == full_record().time
@@ -55,10 +67,26 @@ def test_each_topic_carries_its_parts_with_the_attributes_of_an_event() -> None:
 def test_a_topic_without_a_part_is_not_sent() -> None:
     record = full_record()
     record.ClearField("power")
-    assert [topic.rsplit("/", 1)[1] for topic, _ in telemetry_events(TOPICS, 1, record)] == [
-        "thermal",
-        "runtime",
+    assert [name for name, _ in telemetry_events(TOPICS, 1, record)] == ["thermal", "runtime"]
+    assert [name for name, _ in telemetry_events(TOPICS, 1, record, ["power", "runtime"])] == ["runtime"]
+
+
+def test_topics_of_a_device_are_told_by_name_and_read_back() -> None:
+    prefix = "edgellm/v1/acme/line-1/jetson-01"
+    assert [TOPICS.telemetry(name) for name in TELEMETRY] == [
+        f"{prefix}/tele/{name}" for name in ("thermal", "power", "runtime")
     ]
+    assert [TOPICS.event(kind) for kind in EVENTS] == [
+        f"{prefix}/evt/{leaf}" for leaf in ("throttle", "deploy", "worker")
+    ]
+    assert DeviceTopics.parse(TOPICS.event("engine")) == (TOPICS, "evt/deploy")
+    assert DeviceTopics.parse(TOPICS.state) == (TOPICS, "state")
+
+
+@pytest.mark.parametrize("topic", ["", "edgellm/v1/a/b/c", "other/v1/a/b/c/state", "edgellm/v1/a//c/state"])
+def test_a_topic_of_no_device_is_a_value_error(topic: str) -> None:
+    with pytest.raises(ValueError, match=r"no topic of a device|cannot be part of a topic"):
+        DeviceTopics.parse(topic)
 
 
 @pytest.mark.parametrize("encoding", ["json", "protobuf"])
@@ -112,6 +140,11 @@ def test_a_name_that_would_change_the_topic_is_refused(name: str) -> None:
         {"protocol": "3.1"},
         {"interval_s": 0.0},
         {"user": "x"},
+        {"max_silence_s": -1.0},
+        {"outbox_bytes": 1000},
+        {"offline_interval_s": 0.0},
+        {"catch_up_messages_per_s": 0.0},
+        {"tls": {"key_file": "/key"}},
     ],
 )
 def test_settings_that_could_never_work_are_refused(wrong: dict[str, object]) -> None:
