@@ -376,7 +376,9 @@ class EngineManager:
             other = beside.memory_bytes() if beside is not None and beside.state != "stopped" else (0, 0)
             return policy.memory.plan(stored.config, policy.memory.available_bytes(*other))
 
-        return SupervisedEngine(spec, plan, self.on_change, self.totals)
+        return SupervisedEngine(
+            spec, plan, self.on_change, totals=self.totals, on_worker_ended=self.events.tell
+        )
 
     def _check_target(self, config: EngineConfig) -> None:
         policy, sm = self.policy, self.policy.memory.profile.sm

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,12 +31,27 @@ def read_pressure(root: Path = Path("/")) -> Reading:
     return Reading(mem_available_bytes(root), pressure_some_percent(root) or 0.0)
 
 
+class Pressure(enum.Enum):
+    """Whether others on the board lack memory. Half of the headroom is a reserve."""
+
+    NONE = "more than the headroom is free, and nobody waits for memory"
+    SOME = "in between: nothing should move"
+    HIGH = "others have eaten into the reserve, or into the other half and stall for want of memory"
+
+    @classmethod
+    def of(cls, now: Reading, headroom_bytes: int) -> Pressure:
+        """Judges a reading."""
+        missing = headroom_bytes - now.available_bytes
+        if missing > headroom_bytes // 2 or (now.stalled_percent >= _STALLED_PERCENT and missing > 0):
+            return cls.HIGH
+        return cls.NONE if missing < 0 and now.stalled_percent < _CALM_PERCENT else cls.SOME
+
+
 @dataclass
 class PressureGuard:
     """Moves the bound of the KV cache between what was granted and a floor.
 
-    Half of the headroom is a reserve: when others have eaten into it, or into the other half and stall for
-    want of memory, the cache gives back what is missing; it takes it again when more than the whole is free.
+    Under pressure the cache gives back what is missing; it takes it again once the headroom is whole.
 
     Args:
         granted_bytes: The bound at activation.
@@ -59,13 +75,11 @@ class PressureGuard:
         """The bound from now on, given what the cache holds."""
         now, step = self.read(), self.granted_bytes // _STEP
         missing = self.headroom_bytes - now.available_bytes
-        pressed = missing > self.headroom_bytes // 2 or (
-            now.stalled_percent >= _STALLED_PERCENT and missing > 0
-        )
-        if pressed:
-            # No further down than to what is held less what is missing: more would free nothing.
-            held_bytes = max(0, used_bytes - max(missing, step))
-            self.bound_bytes = min(self.bound_bytes, max(self.floor_bytes, held_bytes))
-        elif missing < 0 and now.stalled_percent < _CALM_PERCENT:
-            self.bound_bytes = min(self.granted_bytes, self.bound_bytes + min(step, -missing // 2))
+        match Pressure.of(now, self.headroom_bytes):
+            case Pressure.HIGH:
+                # No further down than to what is held less what is missing: more would free nothing.
+                held_bytes = max(0, used_bytes - max(missing, step))
+                self.bound_bytes = min(self.bound_bytes, max(self.floor_bytes, held_bytes))
+            case Pressure.NONE:
+                self.bound_bytes = min(self.granted_bytes, self.bound_bytes + min(step, -missing // 2))
         return self.bound_bytes

@@ -11,7 +11,7 @@ from pathlib import Path
 from edgellm.bundle.config import EngineConfig
 from edgellm.errors import DoesNotFitError
 from edgellm.memory import PREFILL_TOKENS, MemoryPlan
-from edgellm.v1 import inference_pb2, telemetry_pb2, worker_pb2
+from edgellm.v1 import fleet_pb2, inference_pb2, telemetry_pb2, worker_pb2
 from edgellm_agent.engine.base import TokenStream
 from edgellm_agent.engine.figures import Totals
 from edgellm_agent.engine.pressure import PressureGuard, Reading, read_pressure
@@ -60,6 +60,24 @@ class Rates:
     decode: float = 0.0
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """Why no request is taken for now."""
+
+    message: str
+    retry_after_s: float
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the governor allows, beside the bound of the KV cache, which memory pressure moves."""
+
+    max_sequences: int | None = None
+    """Requests that may run at once; None: as many as were granted."""
+    pace: float = 1.0
+    """Share of the time in which the worker may compute."""
+
+
 class SupervisedEngine:
     """An Engine over a worker process that may die.
 
@@ -68,6 +86,7 @@ class SupervisedEngine:
         plan: Plans the memory anew for each start: what is available changes.
         on_change: Called when `state` has changed.
         totals: What all engines of the agent are counted in.
+        on_worker_ended: Called when a worker has ended without being asked to.
 
     """
 
@@ -76,18 +95,23 @@ class SupervisedEngine:
         spec: EngineSpec,
         plan: Callable[[], MemoryPlan],
         on_change: Callable[[], None] = lambda: None,
+        *,
         totals: Totals | None = None,
+        on_worker_ended: Callable[[fleet_pb2.WorkerEnded], None] = lambda _: None,
     ) -> None:
         self.spec = spec
         self.state = "starting"
         self._on_change = on_change
         self.totals = totals or Totals()
+        self._on_worker_ended = on_worker_ended
         self._plan = plan
         self._worker: WorkerProcess | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._last = worker_pb2.Stats()
         self._rates = Rates()
         self._guard: PressureGuard | None = None
+        self._limits = Limits()
+        self._refusal: Refusal | None = None
 
     async def start(self) -> None:
         """Loads the engine; raises AgentError or DoesNotFitError, and leaves nothing behind."""
@@ -121,6 +145,8 @@ class SupervisedEngine:
         """Starts a request; raises UnavailableError or BusyError."""
         if self._worker is None or self.state != "serving":
             raise UnavailableError(f"the engine is {self.state}")
+        if self._refusal is not None:
+            raise UnavailableError(self._refusal.message, self._refusal.retry_after_s)
         stream = self._worker.submit(request, deadline_s, client)
         self.totals.requests += 1
         return stream
@@ -147,6 +173,12 @@ class SupervisedEngine:
             if rss is not None:
                 record.worker_rss_bytes = rss
         return record
+
+    def limit(self, limits: Limits, refusal: Refusal | None = None) -> None:
+        """What holds from now on, also for workers to come; with a refusal, running requests go on."""
+        before, self._limits, self._refusal = self._limits, limits, refusal
+        if limits != before and self._worker is not None:
+            self._set_limits(self._worker)
 
     async def drain(self, deadline_s: float) -> bool:
         """Takes no new requests and waits for the running ones; tells whether all ended in time."""
@@ -181,6 +213,7 @@ class SupervisedEngine:
         )
         worker = await WorkerProcess.start(load, spec.serving.load_timeout_s, self.totals)
         self._guard = self._pressure_guard(MemoryPlan.from_proto(worker.ready.plan))
+        self._set_limits(worker)
         log.info("engine %s loaded in %.2f s, worker %d", spec.config.name, worker.ready.load_s, worker.pid)
         return worker
 
@@ -194,6 +227,7 @@ class SupervisedEngine:
             log.error(
                 "worker %d of engine %s died: %s", self._worker.pid, self.spec.config.name, self._worker.death
             )
+            self._tell_worker_ended(self._worker)
             if self.state != "draining":
                 self._set_state("restarting")
             await self._worker.close()
@@ -256,4 +290,25 @@ class SupervisedEngine:
         bound = self._guard.update(stats.kv_used_bytes)
         if bound != stats.kv_bound_bytes:
             log.info("KV cache of engine %s: bound %d bytes", self.spec.config.name, bound)
-            worker.set_limits(bound, self.plan.max_sequences)
+            self._set_limits(worker)
+
+    def _set_limits(self, worker: WorkerProcess) -> None:
+        """Tells a worker what it may take: the bound by memory pressure, the rest by the governor."""
+        granted, limits = worker.ready.plan, self._limits
+        worker.set_limits(
+            granted.kv_bytes if self._guard is None else self._guard.bound_bytes,
+            min(granted.max_sequences, limits.max_sequences or granted.max_sequences),
+            limits.pace,
+        )
+
+    def _tell_worker_ended(self, worker: WorkerProcess) -> None:
+        ended = fleet_pb2.WorkerEnded(
+            engine=self.spec.digest,
+            reason=worker.death,
+            out_of_memory=worker.out_of_memory,
+            restarts_total=self.totals.restarts,
+        )
+        try:
+            self._on_worker_ended(ended)
+        except Exception:  # the worker is started again, whoever fails to hear of its end
+            log.exception("engine %s: a listener failed", self.spec.config.name)

@@ -25,6 +25,8 @@ _CREDIT_TOKENS = 64
 _SLACK_STREAMS = 16
 _CLOSE_S = 5.0
 _OUTPUT_CLOSE_S = 2.0
+# A worker that has closed its channel is about to exit; its status says why, unless it is killed before.
+_EXIT_S = 1.0
 _PLAIN_ERRORS: dict[worker_pb2.FailureKind.ValueType, Callable[[str], errors.AgentError]] = {
     worker_pb2.FAILURE_KIND_BUSY: errors.BusyError,
     worker_pb2.FAILURE_KIND_CANCELLED: errors.CancelledError,
@@ -64,6 +66,7 @@ class WorkerProcess:
         self.ready = worker_pb2.Ready()
         self.dead = asyncio.Event()
         self.death = ""
+        self._killed = False
 
     @classmethod
     async def start(
@@ -173,8 +176,7 @@ class WorkerProcess:
             await asyncio.wait_for(self._process.wait(), _CLOSE_S)
         except asyncio.TimeoutError:
             log.warning("worker %d did not end by itself, killed", self.pid)
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
+            self._kill()
             await self._process.wait()
         if self._reading is not None:
             await self._reading
@@ -188,9 +190,14 @@ class WorkerProcess:
         """Lets the worker send so many more tokens."""
         self._send(worker_pb2.ToWorker(credit=worker_pb2.Credit(id=stream_id, tokens=tokens)))
 
-    def set_limits(self, kv_bytes: int, max_sequences: int) -> None:
-        """Sets what the worker may take from now on."""
-        limits = worker_pb2.SetLimits(kv_bytes=kv_bytes, max_sequences=max_sequences)
+    @property
+    def out_of_memory(self) -> bool:
+        """Whether the kernel killed it for memory, as far as can be told: by SIGKILL, and not by us."""
+        return self._process.returncode == -signal.SIGKILL and not self._killed
+
+    def set_limits(self, kv_bytes: int, max_sequences: int, pace: float = 1.0) -> None:
+        """Sets what the worker may take from now on; `pace` is a share of time."""
+        limits = worker_pb2.SetLimits(kv_bytes=kv_bytes, max_sequences=max_sequences, pace=pace)
         self._send(worker_pb2.ToWorker(set_limits=limits))
 
     async def _load(self, load: worker_pb2.Load) -> None:
@@ -224,11 +231,8 @@ class WorkerProcess:
             self.death = str(error)
         except Exception:
             log.exception("worker %d sent what makes no sense, killed", self.pid)
-        if self._process.returncode is None:
-            # Not `process.kill()`: it polls, and may take the exit status away from asyncio.
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGKILL)
-        self.death = self.death or _why(await self._process.wait())
+            self._kill()
+        self.death = self.death or _why(await self._ended())
         self.dead.set()
         self._drained.set()
         for waiter in self._stats_waiters:
@@ -237,6 +241,21 @@ class WorkerProcess:
         for stream in list(self._streams.values()):
             stream.fail(errors.UnavailableError(f"the engine stopped ({self.death})"))
         self._streams.clear()
+
+    async def _ended(self) -> int:
+        """The exit status of a process whose channel is closed; one that lingers is killed."""
+        try:
+            return await asyncio.wait_for(self._process.wait(), _EXIT_S)
+        except asyncio.TimeoutError:
+            self._kill()
+            return await self._process.wait()
+
+    def _kill(self) -> None:
+        if self._process.returncode is None:
+            self._killed = True
+            # Not `process.kill()`: it polls, and may take the exit status away from asyncio.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
 
     def _take(self, message: worker_pb2.FromWorker) -> None:
         match message.WhichOneof("message"):

@@ -15,6 +15,7 @@ from edgellm_agent.ipc import WorkerChannel
 from edgellm_agent.worker import answer
 from edgellm_agent.worker.intake import Intake
 from edgellm_agent.worker.kv.pool import TooLargeError
+from edgellm_agent.worker.pace import Pace
 from edgellm_agent.worker.scheduler import Batch, Scheduler
 from edgellm_agent.worker.sequence import Sequence
 from edgellm_agent.worker.stepper import Stepper
@@ -43,6 +44,7 @@ class EngineLoop:
         self._scheduler = engine.scheduler
         self._channel = channel
         self._clock = clock
+        self._pace = Pace(clock)
         self._busy = False
         self._cached_total = 0
         self._draining = False
@@ -54,25 +56,39 @@ class EngineLoop:
             self.turn()
 
     def turn(self) -> None:
-        """Takes what has come, waiting for it if there is nothing to compute, and computes one turn."""
-        timeout_s = 0 if self._busy else self._idle_s()
-        for message in self._channel.receive(timeout_s, self._engine.intake.wake_fd):
+        """Takes what has come, waiting for it if there is nothing to compute yet, and computes one turn."""
+        for message in self._channel.receive(self._wait_s(), self._engine.intake.wake_fd):
             self._handle(message)
         for submit, outcome in self._engine.intake.take():
             self._enter(submit, outcome)
         self._end_overdue()
+        if self._pace.rest_s():
+            # A message or a deadline came before the rest was over.
+            self._busy = True
+        else:
+            self._busy = self._compute()
+        self._tell_if_drained()
+
+    def _compute(self) -> bool:
+        """One turn of the runner; tells whether there may be more to do."""
         preempted = self._scheduler.preemptions_total
+        self._pace.begin()
         work = self._scheduler.schedule()
         for batch in work:
             self._step(batch)
+        if work:
+            self._pace.end()
         # What was preempted just now may find its place in the next turn.
-        self._busy = bool(work) or self._scheduler.preemptions_total > preempted
-        self._tell_if_drained()
+        return bool(work) or self._scheduler.preemptions_total > preempted
 
-    def _idle_s(self) -> float | None:
+    def _wait_s(self) -> float | None:
+        """How long to wait for a message: for the rest that the pace demands, or until a deadline passes."""
+        rest_s = self._pace.rest_s() if self._busy else None
+        if rest_s == 0:
+            return 0
         known = (self._scheduler.next_deadline(), self._engine.intake.next_deadline())
-        deadline = min((d for d in known if d is not None), default=None)
-        return None if deadline is None else max(0.0, deadline - self._clock())
+        deadlines = [max(0.0, d - self._clock()) for d in known if d is not None]
+        return min(deadlines if rest_s is None else [*deadlines, rest_s], default=None)
 
     def _handle(self, message: worker_pb2.ToWorker) -> None:
         match message.WhichOneof("message"):
@@ -114,6 +130,7 @@ class EngineLoop:
         self._scheduler.resize(
             min(limits.kv_bytes, plan.kv_bytes), min(max(1, limits.max_sequences), plan.max_sequences)
         )
+        self._pace.set_share(limits.pace)
 
     def _enter(self, submit: worker_pb2.Submit, outcome: Sequence | Exception) -> None:
         """Queues a prepared request, or tells why it cannot be."""

@@ -89,7 +89,6 @@ class Scheduler:
 
     def schedule(self) -> list[Batch]:
         """The next turn's steps; none if there is nothing to do, or every stream waits for its reader."""
-        self._fit_limits()
         self._admit()
         prefill = [s for s in self._running.values() if s.in_prefill]
         decode = [s for s in self._running.values() if not s.in_prefill and s.credit > 0]
@@ -100,9 +99,11 @@ class Scheduler:
         return self._decode(decode)
 
     def resize(self, kv_bytes: int, max_sequences: int) -> None:
-        """New limits; what is held beyond them is given back by the next `schedule`."""
+        """New limits; what is held beyond them is given back at once, however long the worker rests."""
         self._pool.resize(kv_bytes)
         self.limits = Limits(max_sequences, self.limits.speculate, self.limits.several_multi_token_rows)
+        while self._running and (self._pool.over_bytes or len(self._running) > self.limits.max_sequences):
+            self._preempt(self._least_missed())
 
     def remove(self, sequence: Sequence, *, keep: bool = False) -> int:
         """Takes a sequence out, wherever it is; returns the KV bytes that it held.
@@ -262,10 +263,6 @@ class Scheduler:
     def _grow(self, sequence: Sequence) -> None:
         """Room for the newest token; the youngest make way, and it goes itself if it is the youngest."""
         while sequence.id in self._running and not self._pool.grow(sequence.id, len(sequence.tokens)):
-            self._preempt(self._least_missed())
-
-    def _fit_limits(self) -> None:
-        while self._running and (self._pool.over_bytes or len(self._running) > self.limits.max_sequences):
             self._preempt(self._least_missed())
 
     def _least_missed(self) -> Sequence:
