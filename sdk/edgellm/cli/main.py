@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from edgellm.cli import bench, bundle, device, engine, failures, generate, plugins, push, top
+from edgellm.cli import bench, bundle, device, engine, failures, fleet, generate, plugins, push, top
 from edgellm.cli.output import JsonOption, print_facts, print_json
 
 # Base of wrong options and arguments; older typers take it from click, newer ones bring their own.
@@ -92,6 +92,7 @@ app.command("plan")(bundle.plan)
 app.add_typer(push.app, name="push")
 app.add_typer(device.app, name="device")
 app.add_typer(engine.app, name="engine")
+app.add_typer(fleet.app, name="fleet")
 app.command("generate")(generate.generate)
 app.command("chat")(generate.chat)
 app.command("top")(top.top)
