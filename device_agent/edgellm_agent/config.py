@@ -19,6 +19,8 @@ from pydantic_settings import (
 
 from edgellm.errors import EdgellmError
 from edgellm.memory import PREFILL_TOKENS
+from edgellm_agent.desired.settings import CommandSettings, DesiredSettings
+from edgellm_agent.governor.settings import GovernorSettings
 from edgellm_agent.http.settings import MetricsSettings
 from edgellm_agent.mqtt.settings import MqttSettings
 from edgellm_agent.telemetry.detect import source_setting
@@ -103,7 +105,10 @@ class AgentSettings(BaseSettings):
         default="auto", description="auto, sysfs, host, jtop, or replay:FILE[?speed=N]"
     )
     telemetry_interval_s: float = Field(default=1.0, ge=0.1, le=3600)
+    governor: GovernorSettings = GovernorSettings()
     mqtt: MqttSettings | None = None
+    desired: DesiredSettings = DesiredSettings()
+    commands: CommandSettings = CommandSettings()
     http: HttpSettings | None = None
     metrics: MetricsSettings | None = None
 

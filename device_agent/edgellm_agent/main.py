@@ -17,6 +17,7 @@ from edgellm.errors import EdgellmError
 from edgellm_agent import daemon, doctor
 from edgellm_agent.config import load_settings
 from edgellm_agent.errors import AgentError
+from edgellm_agent.governor.commands import power_mode_helper
 from edgellm_agent.telemetry.base import Clock
 from edgellm_agent.telemetry.detect import open_source
 from edgellm_agent.telemetry.replay import ReplaySource
@@ -111,6 +112,9 @@ def _explained() -> Iterator[None]:
         if hint := getattr(error, "hint", ""):
             print(f"  try: {hint}", file=sys.stderr)
         raise typer.Exit(1) from None
+
+
+app.command()(power_mode_helper)
 
 
 def main() -> None:

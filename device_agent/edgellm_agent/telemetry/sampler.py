@@ -28,8 +28,8 @@ class Sampler:
         source: Source,
         runtime: Callable[[], telemetry_pb2.Runtime] | None = None,
         *,
-        governor: Callable[[], telemetry_pb2.Governor] | None = None,
-        uplink: Callable[[], telemetry_pb2.Uplink] | None = None,
+        governor: Callable[[], telemetry_pb2.Governor | None] | None = None,
+        uplink: Callable[[], telemetry_pb2.Uplink | None] | None = None,
         interval_s: float = 1.0,
         deadline_s: float = 0.5,
         clock: Clock | None = None,
@@ -40,7 +40,7 @@ class Sampler:
         waiting. A probe that has not answered after `deadline_s` is left out until it does.
         """
         self._source = source
-        self._own: dict[str, Callable[[], Message] | None] = {
+        self._own: dict[str, Callable[[], Message | None] | None] = {
             "runtime": runtime,
             "governor": governor,
             "uplink": uplink,
@@ -119,9 +119,10 @@ class Sampler:
         return record
 
 
-def _add(record: telemetry_pb2.Telemetry, name: str, tell: Callable[[], Message]) -> None:
+def _add(record: telemetry_pb2.Telemetry, name: str, tell: Callable[[], Message | None]) -> None:
     try:
-        getattr(record, name).CopyFrom(tell())
+        if (part := tell()) is not None:
+            getattr(record, name).CopyFrom(part)
     except Exception:  # whatever the agent's side does wrong, heat and power are still wanted
         log.exception("telemetry.part_failed part=%s", name)
 

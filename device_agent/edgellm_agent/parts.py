@@ -1,0 +1,130 @@
+"""How each part of the agent is made from its settings."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import platform
+from importlib import metadata
+from typing import TYPE_CHECKING
+
+from edgellm.profiles import load_profile
+from edgellm_agent.config import AgentSettings, HttpSettings
+from edgellm_agent.engine.supervisor import Serving
+from edgellm_agent.events import Events
+from edgellm_agent.governor.controller import GovernorLoop
+from edgellm_agent.governor.power_mode import PowerModes, ask_helper
+from edgellm_agent.http.settings import MetricsSettings
+from edgellm_agent.lifecycle import EngineManager, Policy
+from edgellm_agent.memory import MemoryPolicy
+from edgellm_agent.mqtt.publisher import MqttPublisher
+from edgellm_agent.registry import Registry
+from edgellm_agent.services.device import Identity
+from edgellm_agent.store import Store
+from edgellm_agent.telemetry.sampler import Sampler
+
+if TYPE_CHECKING:
+    from edgellm_agent.http.server import HttpServer
+
+# Distributions that bring the onnxruntime module.
+_ONNXRUNTIME = ("onnxruntime", "onnxruntime-gpu")
+_ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
+
+
+def http_server(settings: HttpSettings, manager: EngineManager, sampler: Sampler) -> HttpServer:
+    # An agent without it shall not pay for its libraries.
+    from edgellm_agent.http.app import Api  # noqa: PLC0415
+    from edgellm_agent.http.server import HttpServer  # noqa: PLC0415
+
+    return HttpServer(Api(manager, sampler, settings).app(), settings.listen, settings.max_connections)
+
+
+def metrics_server(settings: MetricsSettings, manager: EngineManager, sampler: Sampler) -> HttpServer:
+    from edgellm_agent.http.metrics import Metrics  # noqa: PLC0415
+    from edgellm_agent.http.server import HttpServer  # noqa: PLC0415
+
+    return HttpServer(Metrics(manager, sampler).app(), settings.listen, settings.max_connections)
+
+
+def manager(settings: AgentSettings, events: Events) -> EngineManager:
+    profile = load_profile(settings.profile)
+    settings.state_dir.mkdir(parents=True, exist_ok=True)
+    memory = MemoryPolicy(
+        profile=profile,
+        simulated=settings.simulate,
+        headroom_bytes=_headroom_bytes(settings),
+        context_tokens=settings.context_tokens,
+        max_sequences=settings.max_sequences,
+        prefill_tokens=settings.prefill_tokens,
+        root=settings.root,
+    )
+    policy = Policy(
+        memory=memory,
+        runtimes=_runtimes(),
+        architecture=_ARCHITECTURES.get(platform.machine(), platform.machine()),
+        serving=Serving(
+            threads=settings.threads,
+            prefill_tokens=settings.prefill_tokens,
+            prefill_budget_s=settings.prefill_budget_s,
+            max_waiting=settings.max_waiting,
+            speculate=settings.speculate,
+            load_timeout_s=settings.load_timeout_s,
+            poll_s=settings.telemetry_interval_s,
+        ),
+        drain_s=settings.drain_s,
+    )
+    return EngineManager(
+        store=Store(settings.state_dir),
+        registry=Registry(settings.state_dir / "registry.db"),
+        policy=policy,
+        events=events,
+    )
+
+
+def _headroom_bytes(settings: AgentSettings) -> int:
+    if settings.headroom_bytes is not None:
+        return settings.headroom_bytes
+    return load_profile(settings.profile).headroom_bytes
+
+
+def governor(
+    settings: AgentSettings, manager: EngineManager, sampler: Sampler, events: Events
+) -> GovernorLoop | None:
+    governor = settings.governor
+    if not governor.enabled:
+        return None
+    modes = None
+    if governor.power_modes:
+        by_state = {str(state): mode for state, mode in governor.power_modes.items()}
+        modes = PowerModes(by_state, functools.partial(ask_helper, governor.power_mode_socket))
+    return GovernorLoop(
+        governor,
+        sampler,
+        lambda: manager.running,
+        events,
+        max_sequences=settings.max_sequences,
+        headroom_bytes=_headroom_bytes(settings),
+        power_modes=modes,
+        silence_s=max(5.0, 5 * settings.telemetry_interval_s),
+    )
+
+
+def uplink(settings: AgentSettings, identity: Identity, sampler: Sampler) -> MqttPublisher | None:
+    if settings.mqtt is None:
+        return None
+    return MqttPublisher(
+        settings.mqtt,
+        sampler,
+        device=identity.device,
+        state_dir=settings.state_dir,
+        agent_version=identity.agent_version,
+        profile=settings.profile,
+    )
+
+
+def _runtimes() -> dict[str, str]:
+    """Runtimes that are installed, by their metadata: importing one would cost this process its memory."""
+    for name in _ONNXRUNTIME:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return {"onnxruntime": metadata.version(name)}
+    return {}
