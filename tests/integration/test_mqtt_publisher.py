@@ -83,7 +83,7 @@ async def test_telemetry_parses_back_in_each_protocol_and_encoding(
             runtime = await receive(listener, is_leaf("runtime"))
     assert thermal.topic == f"{PREFIX}/tele/thermal"
     assert thermal.event.telemetry.thermal.max_celsius == 49.25
-    assert power.event.telemetry.power.total_mw == 4959.36
+    assert power.event.telemetry.power.total_mw == 4959.4
     assert runtime.event.telemetry.runtime.engine == ENGINE
     assert runtime.event.telemetry.memory.available_bytes == 5_321_000 * 1024
     assert runtime.event.telemetry.compute.gpu_percent == 37.5

@@ -299,7 +299,7 @@ class PersistentBroker(Broker):
         text = self._config.read_text("utf-8").replace("persistence false", "persistence true")
         # Saved at each change: what was acknowledged outlives a kill.
         text += f"persistence_location {folder}/\nautosave_interval 1\nautosave_on_changes true\n"
-        text += "max_queued_messages 0\nuser root\n"
+        text += "max_queued_messages 0\n"
         self._config.write_text(text, "utf-8")
 
     def kill(self) -> None:
