@@ -43,6 +43,7 @@ async def publishing(
 ) -> AsyncIterator[MqttPublisher]:
     """The telemetry of an Orin Nano's files, ten times a second."""
     root = state_dir / "root"
+    _count_from_zero(state_dir / "mqtt-run")
     sampler = Sampler(
         SysfsSource(root if root.exists() else boards.build(root, boards.ORIN_NANO)),
         lambda: telemetry_pb2.Runtime(state="serving", engine=ENGINE),
@@ -65,6 +66,13 @@ async def publishing(
     finally:
         await asyncio.wait_for(publisher.close(), 16)
         await asyncio.wait_for(sampler.close(), 2)
+
+
+def _count_from_zero(runs: Path) -> None:
+    """Small numbers are easier to read; a device that knows no run yet takes one from the clock."""
+    runs.parent.mkdir(parents=True, exist_ok=True)
+    if not runs.exists():
+        runs.write_text("0\n")
 
 
 async def until(happened: Callable[[], bool], deadline_s: float = 15.0) -> None:
@@ -96,7 +104,8 @@ def is_live(publisher: MqttPublisher, leaf: str) -> Callable[[Received], bool]:
     latest = publisher._sampler.latest  # type: ignore[attr-defined]
     assert publisher.connected
     after = 0 if latest is None else latest.sequence
-    return lambda message: message.leaf == leaf and message.event.sequence > after
+    run = publisher._run
+    return lambda m: m.leaf == leaf and m.event.run == run and m.event.sequence > after
 
 
 def is_leaf(leaf: str) -> Callable[[Received], bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias
@@ -82,6 +83,14 @@ class Publication:
     correlation_data: bytes = b""
 
 
-# Told once: whether the broker took it (QoS 1), or that it is on its way (QoS 0). Never told if the
-# connection is lost before.
-Done: TypeAlias = Callable[[bool], None]
+class Answer(enum.Enum):
+    """What a broker said to a message of QoS 1; one of QoS 0 that is on its way counts as taken."""
+
+    TAKEN = enum.auto()
+    # Nobody is subscribed to its topic; only MQTT 5 tells.
+    UNHEARD = enum.auto()
+    REFUSED = enum.auto()
+
+
+# Told once; never if the connection is lost before.
+Done: TypeAlias = Callable[[Answer], None]

@@ -8,8 +8,9 @@ import logging
 from collections.abc import Awaitable, Callable
 
 from edgellm_agent.mqtt.backlog import Backlog
-from edgellm_agent.mqtt.base import Done, Publication
+from edgellm_agent.mqtt.base import Answer, Done, Publication
 from edgellm_agent.mqtt.outbox import Stored
+from edgellm_agent.mqtt.unheard import Unheard
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +23,7 @@ class CatchUp:
 
     Events go before telemetry, and at once: they are few, and somebody waits for them. Kept telemetry goes
     oldest first and not above a rate. What the broker refuses is kept and tried again with the next
-    connection.
+    connection; events that nobody is subscribed to are kept until somebody is.
     """
 
     def __init__(
@@ -44,6 +45,8 @@ class CatchUp:
         self._connection = 0
         self._connected = False
         self._in_flight: set[int] = set()
+        self._again: list[Stored] = []
+        self._unheard = Unheard(self._send_again, backlog.forget)
         self._news = asyncio.Event()
         self._room = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -57,12 +60,15 @@ class CatchUp:
         self._connection += 1
         self._connected = True
         self._in_flight.clear()
+        self._again.clear()
+        self._unheard.clear()
         self._backlog.rewind()
         self.wake()
 
     def disconnected(self) -> None:
         """Send no more."""
         self._connected = False
+        self._unheard.clear()
         self._room.set()
 
     def wake(self) -> None:
@@ -73,6 +79,7 @@ class CatchUp:
     async def close(self) -> None:
         """Stop; what is not acknowledged stays in the backlog."""
         self._connected = False
+        self._unheard.clear()
         task, self._task = self._task, None
         if task is not None:
             task.cancel()
@@ -89,7 +96,8 @@ class CatchUp:
     async def _send_some(self) -> bool:
         """Send one batch; False when there is nothing left, or no connection."""
         connection = self._connection
-        batch = await self._backlog.take(self._batch)
+        batch, self._again = self._again[: self._batch], self._again[self._batch :]
+        batch = batch or await self._backlog.take(self._batch)
         for stored in batch:
             await self._window()
             if connection != self._connection:
@@ -100,6 +108,10 @@ class CatchUp:
                 await self._sleep(self._pause_s)
         return bool(batch)
 
+    def _send_again(self, events: list[Stored]) -> None:
+        self._again.extend(events)
+        self.wake()
+
     async def _window(self) -> None:
         while self._connected and len(self._in_flight) >= _WINDOW:
             self._room.clear()
@@ -108,12 +120,18 @@ class CatchUp:
     def _send(self, stored: Stored) -> bool:
         message, connection = stored.message, self._connection
 
-        def done(taken: bool) -> None:
-            if connection == self._connection:
+        def done(answer: Answer) -> None:
+            current = connection == self._connection
+            if current:
                 self._in_flight.discard(stored.key)
                 self._room.set()
-            if taken:
+            if answer is Answer.UNHEARD and message.is_event:
+                if current:
+                    self._unheard.add(stored)
+            elif answer is not Answer.REFUSED:
                 self._backlog.forget(stored.key)
+                if message.is_event:
+                    self._unheard.heard(stored.key)
 
         self._in_flight.add(stored.key)
         return self._publish(

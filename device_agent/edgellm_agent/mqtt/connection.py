@@ -19,13 +19,21 @@ from paho.mqtt.reasoncodes import ReasonCode
 
 from edgellm.fleet.topics import CONTENT_TYPES
 from edgellm_agent.mqtt.backoff import Backoff
-from edgellm_agent.mqtt.base import MAX_PAYLOAD_BYTES, Done, MessageProperties, OnMessage, Publication
+from edgellm_agent.mqtt.base import (
+    MAX_PAYLOAD_BYTES,
+    Answer,
+    Done,
+    MessageProperties,
+    OnMessage,
+    Publication,
+)
 from edgellm_agent.mqtt.credentials import RenewedContext, read_password, why_unreachable
 from edgellm_agent.mqtt.session import SessionCounter
 from edgellm_agent.mqtt.settings import MqttSettings
 
 log = logging.getLogger(__name__)
 
+_NO_MATCHING_SUBSCRIBERS = 0x10
 # More than all windows together; what paho queues beyond its own window of 20.
 _MAX_QUEUED = 64
 # Messages to us that may wait for the event loop.
@@ -193,7 +201,7 @@ class Connection:
     def _on_publish(
         self, _client: paho.Client, _userdata: object, mid: int, reason: ReasonCode, _properties: object
     ) -> None:
-        self._hand_over(self._published, (mid, str(reason) if reason.is_failure else ""))
+        self._hand_over(self._published, (mid, reason))
 
     def _on_subscribe(
         self,
@@ -256,17 +264,17 @@ class Connection:
         self._waiting.clear()
         self._on_down()
 
-    def _published(self, answer: tuple[int, str]) -> None:
-        mid, refusal = answer
+    def _published(self, answered: tuple[int, ReasonCode]) -> None:
+        mid, reason = answered
         # Absent: it belongs to the connection before.
         message, done = self._waiting.pop(mid, (None, None))
         if message is None:
             return
-        if refusal and (message.topic, refusal) not in self._refused:
-            self._refused.add((message.topic, refusal))
-            log.error("mqtt.publish_refused topic=%s reason=%s", message.topic, refusal)
+        if reason.is_failure and (message.topic, str(reason)) not in self._refused:
+            self._refused.add((message.topic, str(reason)))
+            log.error("mqtt.publish_refused topic=%s reason=%s", message.topic, reason)
         if done is not None:
-            done(not refusal)
+            done(_answer(reason))
 
     def _ask_for(self, topic_filter: str) -> None:
         _, mid = self._client.subscribe(topic_filter, qos=1)
@@ -313,6 +321,12 @@ class Connection:
         # By the payload, not by the settings: the outbox may hold what was encoded before they changed.
         properties.ContentType = CONTENT_TYPES["json" if payload[:1] == b"{" else "protobuf"]
         return properties
+
+
+def _answer(reason: ReasonCode) -> Answer:
+    if reason.is_failure:
+        return Answer.REFUSED
+    return Answer.UNHEARD if reason.value == _NO_MATCHING_SUBSCRIBERS else Answer.TAKEN
 
 
 def _received(message: paho.MQTTMessage) -> MessageProperties:

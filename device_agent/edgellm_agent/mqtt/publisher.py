@@ -12,7 +12,7 @@ from edgellm.fleet.topics import DeviceTopics, encode, envelope, state_event, te
 from edgellm.v1 import fleet_pb2, telemetry_pb2
 from edgellm_agent.events import Happening
 from edgellm_agent.mqtt.backlog import Backlog
-from edgellm_agent.mqtt.base import MAX_PAYLOAD_BYTES, OnMessage, Publication, Records
+from edgellm_agent.mqtt.base import MAX_PAYLOAD_BYTES, Answer, OnMessage, Publication, Records
 from edgellm_agent.mqtt.catch_up import CatchUp
 from edgellm_agent.mqtt.connection import Connection
 from edgellm_agent.mqtt.deadband import Deadband
@@ -61,7 +61,7 @@ class MqttPublisher:
         self._profile = profile
         self._active_engine = active_engine
         self._clock = clock or Clock()
-        self._run = self._counter(state_dir / "mqtt-run").take()
+        self._run = self._counter(state_dir / "mqtt-run", lone=True).take()
         self._connection = Connection(
             settings,
             self._topics.source.replace("/", "-"),
@@ -165,8 +165,8 @@ class MqttPublisher:
     def _wake(self) -> None:
         self._catch_up.wake()
 
-    def _counter(self, path: Path) -> SessionCounter:
-        return SessionCounter(path, wall_s=lambda: self._clock.wall_ns() / 1e9)
+    def _counter(self, path: Path, *, lone: bool = False) -> SessionCounter:
+        return SessionCounter(path, wall_s=lambda: self._clock.wall_ns() / 1e9, lone=lone)
 
     def _encode(self, event: fleet_pb2.Event) -> bytes:
         payload = encode(event, self._settings.encoding)
@@ -218,7 +218,7 @@ class MqttPublisher:
             expiry_s=self._settings.message_expiry_s,
         )
 
-        def done(_taken: bool) -> None:
+        def done(_answer: Answer) -> None:
             self._live.pop(number, None)
 
         if not self._connection.publish(publication, done):

@@ -14,14 +14,20 @@ class SessionCounter:
 
     Readers ignore a will whose number is older than the birth they know, so the number must never go back:
     where the file is damaged, it goes on from the seconds since 1970, above any count of connections.
+
+    Args:
+        path: The file.
+        wall_s: Wall clock, seconds since 1970.
+        lone: No other number tells one life of the device from another, so that a missing file, as on a
+            device that was set up anew, counts as damaged.
     """
 
-    def __init__(self, path: Path, *, wall_s: Callable[[], float] = time.time) -> None:
+    def __init__(self, path: Path, *, wall_s: Callable[[], float] = time.time, lone: bool = False) -> None:
         self._path = path
         try:
             self._last = int(path.read_bytes().decode("ascii"))
         except FileNotFoundError:
-            self._last = 0
+            self._last = int(wall_s()) if lone else 0
         except (OSError, ValueError):
             self._last = int(wall_s())
             log.warning("mqtt.counter_damaged path=%s number=%d", path, self._last)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgellm_agent.mqtt.backoff import Backoff
-from edgellm_agent.mqtt.base import Done, Publication
+from edgellm_agent.mqtt.base import Answer, Done, Publication
 from edgellm_agent.mqtt.catch_up import CatchUp
 from edgellm_agent.mqtt.outbox import Message, Stored
 from tests.support import virtual_time
@@ -46,7 +46,7 @@ class Shelf:
 class Wire:
     """What went out, when, and who waits for an answer."""
 
-    def __init__(self, answer: Callable[[Done], None] = lambda done: done(True)) -> None:
+    def __init__(self, answer: Callable[[Done], None] = lambda done: done(Answer.TAKEN)) -> None:
         self.sent: list[tuple[float, str]] = []
         self.waiting: list[Done] = []
         self.up = True
@@ -118,7 +118,7 @@ def test_what_was_not_acknowledged_goes_first_with_the_next_connection() -> None
         catch_up.disconnected()
         await asyncio.sleep(1)
         before = len(wire.sent)
-        wire.up, wire._answer = True, lambda done: done(True)
+        wire.up, wire._answer = True, lambda done: done(Answer.TAKEN)
         catch_up.connected()
         await asyncio.sleep(1)
         assert wire.topics[before:] == [f"evt/{number}" for number in range(2, 13)]
@@ -131,7 +131,7 @@ def test_what_the_broker_refuses_stays_and_does_not_hold_up_the_others() -> None
     async def main() -> None:
         shelf = Shelf(events=3, telemetry=0)
         wire = Wire()
-        wire._answer = lambda done: done(done is not wire.waiting[0])
+        wire._answer = lambda done: done(Answer.REFUSED if done is wire.waiting[0] else Answer.TAKEN)
         catch_up = catching_up(shelf, wire)
         catch_up.start()
         catch_up.connected()
@@ -179,3 +179,36 @@ def test_a_thousand_boards_do_not_dial_at_once() -> None:
     # Within a bound of 32 s: no second in which more than twice the even share dials.
     busiest = max(sum(second <= wait < second + 1 for wait in waits) for second in range(32))
     assert busiest < 2 * 1000 / 32
+
+
+def test_events_that_nobody_hears_are_kept_and_sent_again_when_somebody_listens() -> None:
+    async def main() -> None:
+        shelf, wire = Shelf(events=5, telemetry=2), Wire(lambda done: done(Answer.UNHEARD))
+        catch_up = catching_up(shelf, wire)
+        catch_up.start()
+        catch_up.connected()
+        await asyncio.sleep(600)
+        # Telemetry is for whoever is there; of the events only the first one asks, less and less often.
+        assert [entry.message.is_event for entry in shelf.stored] == [True] * 5
+        assert wire.topics[7:] == ["evt/1"] * (len(wire.topics) - 7)
+        assert 5 <= len(wire.topics) - 7 <= 8
+        wire._answer = lambda done: done(Answer.TAKEN)
+        await asyncio.sleep(700)
+        assert shelf.stored == []
+        assert wire.topics[-5:] == ["evt/1", "evt/2", "evt/3", "evt/4", "evt/5"]
+        await catch_up.close()
+
+    virtual_time.run(main())
+
+
+def test_of_events_that_nobody_ever_hears_the_newest_thousand_are_kept() -> None:
+    async def main() -> None:
+        shelf, wire = Shelf(events=1100, telemetry=0), Wire(lambda done: done(Answer.UNHEARD))
+        catch_up = catching_up(shelf, wire)
+        catch_up.start()
+        catch_up.connected()
+        await asyncio.sleep(60)
+        assert [entry.key for entry in shelf.stored] == list(range(101, 1101))
+        await catch_up.close()
+
+    virtual_time.run(main())

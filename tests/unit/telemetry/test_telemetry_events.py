@@ -167,6 +167,14 @@ def test_a_damaged_session_file_does_not_turn_the_number_back(tmp_path: Path) ->
     assert SessionCounter(path).take() == 1_700_000_002
 
 
+def test_a_device_that_was_set_up_anew_does_not_use_the_run_numbers_of_its_former_life(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "mqtt-run"
+    assert SessionCounter(path, wall_s=lambda: 1_700_000_000.5, lone=True).take() == 1_700_000_001
+    assert SessionCounter(path, wall_s=lambda: 0, lone=True).take() == 1_700_000_002
+
+
 def test_a_disk_that_cannot_be_written_does_not_stop_the_count(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     counter = SessionCounter(tmp_path / "file" / "mqtt-session", wall_s=lambda: 100.0)
