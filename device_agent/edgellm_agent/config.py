@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ipaddress
 import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import pydantic
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr
+from pydantic import AfterValidator, Field
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -21,42 +20,11 @@ from edgellm.errors import EdgellmError
 from edgellm.memory import PREFILL_TOKENS
 from edgellm_agent.desired.settings import CommandSettings, DesiredSettings
 from edgellm_agent.governor.settings import GovernorSettings
-from edgellm_agent.http.settings import MetricsSettings
+from edgellm_agent.http.settings import HttpSettings, LoopbackAddress, MetricsSettings
 from edgellm_agent.mqtt.settings import MqttSettings
 from edgellm_agent.telemetry.detect import source_setting
 
 DeviceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host, written without a port, is this machine's own."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _loopback_only(value: str) -> str:
-    host, _, port = value.rpartition(":")
-    if not is_loopback(host.strip("[]")) or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise ValueError("must be a loopback address and a port, for example 127.0.0.1:7077")
-    return value
-
-
-LoopbackAddress = Annotated[str, AfterValidator(_loopback_only)]
-
-
-class HttpSettings(BaseModel):
-    """The OpenAI-compatible API."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    listen: LoopbackAddress = Field(description="loopback address, for example 127.0.0.1:8080")
-    api_key: SecretStr | None = Field(
-        default=None, min_length=1, description="what requests below /v1 must carry as a bearer token"
-    )
-    max_connections: int = Field(default=64, ge=1, le=1024)
-    timeout_s: float = Field(default=600, gt=0, le=86_400, description="longest that one answer may take")
 
 
 class AgentSettings(BaseSettings):

@@ -9,12 +9,12 @@ from importlib import metadata
 from typing import TYPE_CHECKING
 
 from edgellm.profiles import load_profile
-from edgellm_agent.config import AgentSettings, HttpSettings
+from edgellm_agent.config import AgentSettings
 from edgellm_agent.engine.supervisor import Serving
 from edgellm_agent.events import Events
 from edgellm_agent.governor.controller import GovernorLoop
 from edgellm_agent.governor.power_mode import PowerModes, ask_helper
-from edgellm_agent.http.settings import MetricsSettings
+from edgellm_agent.http.settings import HttpSettings, MetricsSettings
 from edgellm_agent.lifecycle import EngineManager, Policy
 from edgellm_agent.memory import MemoryPolicy
 from edgellm_agent.mqtt.publisher import MqttPublisher

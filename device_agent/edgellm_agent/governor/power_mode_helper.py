@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgellm_agent.governor.settings import MODE_PATTERN
+from edgellm_agent.telemetry.power import power_modes
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +30,6 @@ _LONGEST_REQUEST_BYTES = 1024
 _LARGEST_CONF_BYTES = 1 << 20
 _CREDENTIALS = struct.Struct("3i")
 _NAME = re.compile(MODE_PATTERN.removesuffix("$") + r"\Z")
-_MODEL = re.compile(r"<\s*POWER_MODEL\s+ID=([0-9]{1,4})\s+NAME=([^\s>]+)\s*>")
 _STATUS = re.compile(r"pmode:([0-9]{1,4})\b")
 
 
@@ -69,12 +69,13 @@ class NvpModel:
     def _number(self, name: str) -> int:
         try:
             with (self.root / "etc/nvpmodel.conf").open(errors="replace") as conf:
-                found = {match[2]: int(match[1]) for match in _MODEL.finditer(conf.read(_LARGEST_CONF_BYTES))}
+                modes = power_modes(conf.read(_LARGEST_CONF_BYTES))
         except OSError as error:
             raise RefusedError(f"no /etc/nvpmodel.conf: {error.strerror}") from None
-        if name not in found:
+        number = next((number for number, mode in modes.items() if mode == name), None)
+        if number is None:
             raise RefusedError(f"this board has no mode {name}")
-        return found[name]
+        return number
 
     def _current(self) -> int | None:
         try:

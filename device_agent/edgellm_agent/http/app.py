@@ -8,7 +8,6 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from edgellm_agent.config import HttpSettings
 from edgellm_agent.engine.supervisor import SupervisedEngine
 from edgellm_agent.errors import UnavailableError
 from edgellm_agent.http.answers import ChatFormat, Format, Head, Json, TextFormat
@@ -16,6 +15,7 @@ from edgellm_agent.http.errors import HANDLERS, ApiError
 from edgellm_agent.http.guard import Bodies, Guard
 from edgellm_agent.http.metrics import Metrics
 from edgellm_agent.http.schema import ChatRequest, Common, CompletionRequest, parse
+from edgellm_agent.http.settings import HttpSettings
 from edgellm_agent.http.streaming import Answer, StreamedAnswer, WholeAnswer
 from edgellm_agent.http.translate import Translated, translate_chat, translate_completion
 from edgellm_agent.lifecycle import EngineManager

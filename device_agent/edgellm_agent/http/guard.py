@@ -9,8 +9,8 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from edgellm_agent.config import is_loopback
 from edgellm_agent.http.errors import ApiError
+from edgellm_agent.http.settings import is_loopback
 
 MAX_BODY_BYTES = 4 << 20
 MAX_ARRIVING_BYTES = 16 << 20

@@ -141,6 +141,11 @@ def _counters(root: Path) -> Iterator[tuple[str, Path]]:
                     yield kind, path
 
 
+def power_modes(conf: str) -> dict[int, str]:
+    """Names by number, from the text of nvpmodel.conf."""
+    return {int(match[1]): match[2] for match in _MODE.finditer(conf)}
+
+
 class _PowerMode:
     """nvpmodel's mode by name, since the same number means another mode on another board."""
 
@@ -161,7 +166,6 @@ class _PowerMode:
         except OSError:
             return ""
         if mtime_ns != self._conf_mtime_ns:
-            conf = read_text(self._conf, limit=1 << 20) or ""
-            self._names = {int(match[1]): match[2] for match in _MODE.finditer(conf)}
+            self._names = power_modes(read_text(self._conf, limit=1 << 20) or "")
             self._conf_mtime_ns = mtime_ns
         return self._names.get(number, "")

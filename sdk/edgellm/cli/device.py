@@ -15,12 +15,12 @@ from edgellm.cli.output import (
     IntervalOption,
     JsonOption,
     human_bytes,
-    message_facts,
     print_facts,
     print_json,
     print_table,
     printable,
 )
+from edgellm.json_form import to_fields
 
 if TYPE_CHECKING:
     from edgellm.client import Client, LogLine
@@ -87,7 +87,7 @@ def info(name: NameArgument, json_: JsonOption = False) -> None:
     with Client.for_device(name) as client:
         facts, governor = client.info(), _governor(client)
     if json_:
-        print_json({**asdict(facts), "governor": None if governor is None else message_facts(governor)})
+        print_json({**asdict(facts), "governor": None if governor is None else to_fields(governor)})
         return
     memory = (
         f"{human_bytes(facts.memory_available_bytes)} of {human_bytes(facts.memory_total_bytes)} available"
@@ -170,7 +170,7 @@ def _printer(name: str, *, many: bool, as_json: bool) -> Iterator[Callable[[Tele
     from edgellm.cli import readings
 
     if as_json:
-        yield lambda record: print_json(message_facts(record))
+        yield lambda record: print_json(to_fields(record))
     elif many and sys.stdout.isatty():
         from rich.live import Live
         from rich.text import Text

@@ -7,12 +7,11 @@ from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
-from google.protobuf import json_format
-
 from edgellm.bundle.digest import is_digest, short
 from edgellm.cli.output import human_bytes, printable
 from edgellm.fleet.queries import DeviceView, HourSummary
 from edgellm.fleet.topics import encode
+from edgellm.json_form import to_fields
 from edgellm.v1 import fleet_pb2
 
 if TYPE_CHECKING:
@@ -22,7 +21,6 @@ HEADERS = (
     "DEVICE", "GROUP", "STATE", "ENGINE", "TEMP", "MARGIN", "GOVERNOR", "POWER", "TOK/S", "TOK/J",
     "LAST EVENT", "SEEN", "SKEW",
 )  # fmt: skip
-_BARS = "▁▂▃▄▅▆▇█"
 _STYLES = {0: "bold red", 1: "red", 2: "magenta", 3: "yellow", 4: "cyan"}
 
 
@@ -193,12 +191,10 @@ def clock(nanoseconds: int) -> str:
 
 def sparkline(values: Sequence[float | None]) -> str:
     """Values as bars, from their least to their greatest; a gap where there is none."""
+    from edgellm.cli.live import bars
+
     known = [value for value in values if value is not None]
-    if not known:
-        return ""
-    low, high = min(known), max(known)
-    scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
-    return "".join(" " if value is None else _BARS[round((value - low) * scale)] for value in values)
+    return bars(values, min(known), max(known)) if known else ""
 
 
 def hour_cells(hour: HourSummary) -> tuple[str, ...]:
@@ -269,7 +265,7 @@ def iso(nanoseconds: int) -> str | None:
 
 def message_fields(message: Any) -> Any:
     """A message for programs; None stays None."""
-    return None if message is None else json_format.MessageToDict(message, preserving_proto_field_name=True)
+    return None if message is None else to_fields(message)
 
 
 def _three(values: tuple[float, ...] | None) -> str:

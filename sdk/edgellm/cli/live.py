@@ -107,9 +107,13 @@ def sparkline(
         cell = min(math.floor((at_s - from_s) / (to_s - from_s) * cells), cells - 1)
         if cell >= 0:
             highest[cell] = max(value, highest.get(cell, value))
-    return "".join(
-        _bar((highest[cell] - low) / (high - low)) if cell in highest else " " for cell in range(cells)
-    )
+    return bars([highest.get(cell) for cell in range(cells)], low, high)
+
+
+def bars(values: Sequence[float | None], low: float, high: float) -> str:
+    """A bar for each value, the smallest at `low`, the largest at `high`; a blank where there is none."""
+    span = max(high - low, 1e-9)
+    return "".join(" " if value is None else _bar((value - low) / span) for value in values)
 
 
 def _bar(share: float) -> str:

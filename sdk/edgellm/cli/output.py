@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -10,12 +9,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    from google.protobuf.message import Message
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of text.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="Name of a known device, or its address.")]
@@ -26,20 +22,6 @@ TimeoutOption = Annotated[float, typer.Option("--timeout", min=0.1, help="Deadli
 def print_json(value: object) -> None:
     """Prints one value as one line of JSON; dataclasses become objects."""
     typer.echo(json.dumps(value, default=_plain, ensure_ascii=False))
-
-
-def message_facts(message: Message) -> dict[str, Any]:
-    """A protobuf message as protobuf-JSON with the names of the contract; a zero that is known is shown."""
-    from google.protobuf import json_format
-
-    # Renamed in protobuf 5.26.
-    zeros = next(
-        name
-        for name in ("always_print_fields_with_no_presence", "including_default_value_fields")
-        if name in inspect.signature(json_format.MessageToDict).parameters
-    )
-    options: dict[str, Any] = {"preserving_proto_field_name": True, zeros: True}
-    return json_format.MessageToDict(message, **options)
 
 
 def print_facts(facts: Sequence[tuple[str, str]]) -> None:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgellm.cli.output import IntervalOption, JsonOption, message_facts, print_json
+from edgellm.cli.output import IntervalOption, JsonOption, print_json
+from edgellm.json_form import to_fields
 
 if TYPE_CHECKING:
     from edgellm.cli.watching import Watch
@@ -100,9 +101,7 @@ async def _once(devices: list[Device], interval_s: float, *, as_json: bool) -> b
 def _print_lines(watch: Watch) -> None:
     for device in watch.devices:
         found = (
-            {"error": device.failure}
-            if device.record is None
-            else {"telemetry": message_facts(device.record)}
+            {"error": device.failure} if device.record is None else {"telemetry": to_fields(device.record)}
         )
         print_json({"device": device.name, "target": device.target, **found})
 

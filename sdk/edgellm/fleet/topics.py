@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from google.protobuf import json_format
 from google.protobuf.message import DecodeError
 
+from edgellm.json_form import to_fields
 from edgellm.v1 import fleet_pb2, telemetry_pb2
 
 Encoding: TypeAlias = Literal["json", "protobuf"]
@@ -30,12 +30,6 @@ TELEMETRY: dict[str, tuple[str, ...]] = {
 # The leaf below `evt/` for each kind of event.
 EVENTS: dict[str, str] = {"governor": "throttle", "engine": "deploy", "worker": "worker"}
 _ROOT = "edgellm/v1"
-# A zero that is known ("online": false) is shown, a field that is absent is not. Renamed in protobuf 5.26.
-_SHOW_ZEROS = next(
-    name
-    for name in ("always_print_fields_with_no_presence", "including_default_value_fields")
-    if name in inspect.signature(json_format.MessageToDict).parameters
-)
 
 
 @dataclass(frozen=True)
@@ -156,9 +150,7 @@ def encode(event: fleet_pb2.Event, encoding: Encoding) -> bytes:
     """Give the payload; the same event gives the same bytes."""
     if encoding == "protobuf":
         return event.SerializeToString(deterministic=True)
-    options: dict[str, Any] = {"preserving_proto_field_name": True, _SHOW_ZEROS: True}
-    fields = json_format.MessageToDict(event, **options)
-    return json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
+    return json.dumps(to_fields(event), separators=(",", ":"), ensure_ascii=False).encode()
 
 
 def decode(payload: bytes) -> fleet_pb2.Event:

@@ -12,9 +12,9 @@ pytest.importorskip("uvicorn")
 
 from edgellm.v1 import inference_pb2, worker_pb2
 from edgellm_agent import errors
-from edgellm_agent.config import HttpSettings
 from edgellm_agent.http import streaming
 from edgellm_agent.http.app import Api
+from edgellm_agent.http.settings import HttpSettings
 from tests.support.http import ask, connection, events, http_server, request_bytes
 
 ASKED = {"prompt": "x"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 from types import SimpleNamespace
 
@@ -86,18 +87,29 @@ async def test_who_sends_a_body_without_end_is_cut_off(monkeypatch):
 
 async def test_who_does_not_read_is_cut_off(monkeypatch):
     monkeypatch.setattr(server, "READ_S", 0.2)
+    # Watched on the server: a client whose window is shut may not take note of a reset for many seconds.
+    cut = asyncio.Event()
+    connection_lost = server.BoundedProtocol.connection_lost
 
-    def ask_and_never_read(port):
-        with connection(port) as opened:
-            opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            try:
-                while True:
-                    opened.sendall(b"GET /metrics HTTP/1.1\r\nhost: localhost\r\n\r\n" * 100)
-            except OSError:
-                return True
+    def lost(protocol, error):
+        connection_lost(protocol, error)
+        cut.set()
+
+    monkeypatch.setattr(server.BoundedProtocol, "connection_lost", lost)
+
+    def ask_and_never_read(opened):
+        with contextlib.suppress(OSError):
+            while True:
+                opened.sendall(b"GET /metrics HTTP/1.1\r\nhost: localhost\r\n\r\n" * 100)
 
     async with http_server(app(record=full_record())) as port:
-        assert await asyncio.wait_for(asyncio.to_thread(ask_and_never_read, port), 20)
+        with connection(port) as opened:
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            asking = asyncio.create_task(asyncio.to_thread(ask_and_never_read, opened))
+            await asyncio.wait_for(cut.wait(), 20)
+            with contextlib.suppress(OSError):
+                opened.shutdown(socket.SHUT_RDWR)
+            await asking
 
 
 async def test_too_many_at_once_are_told_so():

@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from edgellm.errors import EdgellmError
-from edgellm_agent.config import is_loopback, load_settings
+from edgellm_agent.config import load_settings
+from edgellm_agent.http.settings import is_loopback
 
 
 def write(tmp_path, text):
