@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pydantic
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -79,6 +79,12 @@ class AgentSettings(BaseSettings):
     commands: CommandSettings = CommandSettings()
     http: HttpSettings | None = None
     metrics: MetricsSettings | None = None
+
+    @model_validator(mode="after")
+    def _fleet_needs_a_broker(self) -> AgentSettings:
+        if self.mqtt is None and (self.desired.sources or self.commands.allow):
+            raise ValueError("desired and commands come over MQTT: set mqtt.host too")
+        return self
 
     @classmethod
     def settings_customise_sources(

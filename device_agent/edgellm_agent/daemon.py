@@ -51,6 +51,7 @@ async def run(settings: AgentSettings) -> None:
 @contextlib.asynccontextmanager
 async def running(settings: AgentSettings) -> AsyncIterator[EngineManager]:
     """A running agent, for as long as the context lasts."""
+    parts.check_files(settings)
     identity, events = Identity(settings.device, metadata.version("edgellm")), Events()
     manager = parts.manager(settings, events)
     async with contextlib.AsyncExitStack() as stack:
@@ -73,25 +74,30 @@ async def running(settings: AgentSettings) -> AsyncIterator[EngineManager]:
             EngineServicer(manager),
             DeviceServicer(identity, manager, sampler, ring),
         )
-        await _listen(stack, settings, server, manager, sampler)
-        # Closed before the servers stop: calls that watch would otherwise use up their grace.
+        manager.on_change = _Changes(server, manager, governor, uplink).tell
         sampler.start()
         stack.push_async_callback(sampler.close)
-        stack.callback(ring.close)
         if governor is not None:
             governor.start()
             stack.push_async_callback(governor.close)
         if uplink is not None:
             events.listen(uplink.happened)
-            uplink.start()
             stack.push_async_callback(uplink.close)
-        manager.on_change = _Changes(server, manager, governor, uplink).tell
+        # While the last requests run, the board is still governed, and the fleet still hears of it.
+        await _listen(stack, settings, server, manager, sampler)
+        # Sent away first: calls that watch would otherwise use up the grace of those that compute.
+        stack.callback(ring.close)
+        stack.callback(sampler.end_watching)
+        if uplink is not None:
+            # Not before the socket is ours: a second agent would take the first one's place at the broker.
+            uplink.start()
         # In the background: the API answers, and a signal is obeyed, while a large engine loads.
         starting = asyncio.create_task(manager.start())
         starting.add_done_callback(_log_failure)
         stack.push_async_callback(_end, starting)
         if uplink is not None:
             _obey(stack, settings, manager, uplink, ring)
+        stack.callback(manager.leave)
         yield manager
 
 

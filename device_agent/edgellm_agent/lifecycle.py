@@ -92,6 +92,7 @@ class EngineManager:
     totals: Totals = field(default_factory=Totals, init=False)
     """Of all engines since the start."""
     _active: _Active | None = field(default=None, init=False)
+    _leaving: bool = field(default=False, init=False)
     _activating: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
 
     async def start(self) -> None:
@@ -112,6 +113,10 @@ class EngineManager:
         """Drops what has come of engines that nobody went on with for a week, so that others have room."""
         self.registry.forget_pushes_before(time.time() - _FORGET_PUSH_S)
         self._collect()
+
+    def leave(self) -> None:
+        """The agent is about to end: an activation that is cut short does not load the old engine again."""
+        self._leaving = True
 
     async def close(self) -> None:
         """Drains and ends the running engine."""
@@ -223,7 +228,6 @@ class EngineManager:
                 raise PreconditionError("no engine is running")
             await self._retire(self._active)
             await self._reload()
-            self.on_change()
             if self._active is None:
                 raise EngineError("the engine does not come back; the agent's log says why")
 
@@ -345,9 +349,13 @@ class EngineManager:
             raise
         return engine
 
+    def _changed(self) -> None:
+        # Asked each time: the daemon says only after its start who wants to know.
+        self.on_change()
+
     async def _reload(self) -> None:
         """Brings the old engine back if it was stopped for a new one that failed."""
-        if self._active is None or self._active.engine.state != "stopped":
+        if self._leaving or self._active is None or self._active.engine.state != "stopped":
             return
         try:
             engine = self._supervised(self._active.stored, beside=None)
@@ -356,6 +364,7 @@ class EngineManager:
         except (AgentError, DoesNotFitError) as error:
             log.error("the old engine does not come back: %s", error)
             self._active = None
+        self.on_change()
 
     async def _retire(self, old: _Active) -> None:
         if old.engine.state != "stopped":
@@ -377,7 +386,7 @@ class EngineManager:
             return policy.memory.plan(stored.config, policy.memory.available_bytes(*other))
 
         return SupervisedEngine(
-            spec, plan, self.on_change, totals=self.totals, on_worker_ended=self.events.tell
+            spec, plan, self._changed, totals=self.totals, on_worker_ended=self.events.tell
         )
 
     def _check_target(self, config: EngineConfig) -> None:

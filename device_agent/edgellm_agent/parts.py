@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import platform
 from importlib import metadata
 from typing import TYPE_CHECKING
 
+from edgellm.errors import EdgellmError
 from edgellm.profiles import load_profile
 from edgellm_agent.config import AgentSettings
 from edgellm_agent.engine.supervisor import Serving
@@ -17,6 +19,7 @@ from edgellm_agent.governor.power_mode import PowerModes, ask_helper
 from edgellm_agent.http.settings import HttpSettings, MetricsSettings
 from edgellm_agent.lifecycle import EngineManager, Policy
 from edgellm_agent.memory import MemoryPolicy
+from edgellm_agent.mqtt.credentials import load_tls, read_password
 from edgellm_agent.mqtt.publisher import MqttPublisher
 from edgellm_agent.registry import Registry
 from edgellm_agent.services.device import Identity
@@ -29,6 +32,22 @@ if TYPE_CHECKING:
 # Distributions that bring the onnxruntime module.
 _ONNXRUNTIME = ("onnxruntime", "onnxruntime-gpu")
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
+
+
+def check_files(settings: AgentSettings) -> None:
+    """Looks at the files that settings name, before anything is made; raises EdgellmError."""
+    try:
+        if settings.mqtt is not None:
+            read_password(settings.mqtt.password_file)
+            if settings.mqtt.tls is not None:
+                load_tls(settings.mqtt.tls)
+    except ValueError as error:
+        raise EdgellmError(
+            str(error), "correct the path in the settings, or the file's permissions"
+        ) from None
+    ca_file = settings.desired.ca_file
+    if ca_file is not None and not os.access(ca_file, os.R_OK):
+        raise EdgellmError(f"desired ca_file {ca_file} cannot be read", "correct the path in the settings")
 
 
 def http_server(settings: HttpSettings, manager: EngineManager, sampler: Sampler) -> HttpServer:

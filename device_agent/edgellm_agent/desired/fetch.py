@@ -16,7 +16,7 @@ from edgellm_agent.desired.http import FileAddresses, HttpSource, new_client
 from edgellm_agent.desired.oci import RegistryAddresses, SourceCredentials
 from edgellm_agent.desired.settings import DesiredSettings
 from edgellm_agent.desired.sources import AllowList, Source
-from edgellm_agent.errors import AgentError, DataLossError, NotFoundError, TooLargeError
+from edgellm_agent.errors import AgentError, DataLossError, TooLargeError
 from edgellm_agent.lifecycle import EngineManager
 from edgellm_agent.origin import Origin
 from edgellm_agent.store import Ingest
@@ -77,7 +77,6 @@ class Fetcher:
         """
         manifest = await self._read_manifest()
         config = await self._read_config(manifest)
-        self._manager.forget_old_pushes()
         try:
             self._manager.prepare(manifest, config)
         except TooLargeError:
@@ -100,13 +99,20 @@ class Fetcher:
     def _make_room(self, manifest: EngineManifest) -> None:
         """Removes engines that the fleet brought before, oldest first, until this one has disk space."""
         manager, store = self._manager, self._manager.store
-        for digest in manager.registry.fetched():
+
+        def lacking_bytes() -> int:
             missing = store.missing(manifest.blobs())
-            if sum(blob.size_bytes - offset for blob, offset in missing) <= store.free_bytes():
+            return sum(blob.size_bytes - offset for blob, offset in missing) - store.free_bytes()
+
+        kept = {manager.active_digest(), self._digest}
+        sizes = {engine.digest: engine.manifest.size_bytes for engine in manager.engines()}
+        removable = [d for d in manager.registry.fetched() if d in sizes and d not in kept]
+        if lacking_bytes() > sum(sizes[digest] for digest in removable):
+            return  # It would not fit all the same: what there is to go back to stays.
+        for digest in removable:
+            if lacking_bytes() <= 0:
                 return
-            if digest not in {manager.active_digest(), self._digest}:
-                with contextlib.suppress(NotFoundError):  # one that can no longer be read
-                    manager.remove(digest, self._by)
+            manager.remove(digest, self._by)
 
     async def _read_manifest(self) -> EngineManifest:
         store = self._manager.store

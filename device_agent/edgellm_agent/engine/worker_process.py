@@ -67,6 +67,7 @@ class WorkerProcess:
         self.dead = asyncio.Event()
         self.death = ""
         self._killed = False
+        self._oom_kills = _oom_kills()
 
     @classmethod
     async def start(
@@ -140,12 +141,14 @@ class WorkerProcess:
         self._stats_waiters.append(waiter)
         self._send(worker_pb2.ToWorker(ping=worker_pb2.Ping()))
         try:
-            return await asyncio.wait_for(waiter, timeout_s)
+            stats = await asyncio.wait_for(waiter, timeout_s)
         except asyncio.TimeoutError:
             raise errors.EngineError(f"the engine did not answer within {timeout_s:.0f} s") from None
         finally:
             if waiter in self._stats_waiters:
                 self._stats_waiters.remove(waiter)
+        self._oom_kills = _oom_kills()
+        return stats
 
     def rss_bytes(self) -> int | None:
         """Anonymous and shared memory of the process (RssAnon + RssShmem)."""
@@ -192,8 +195,14 @@ class WorkerProcess:
 
     @property
     def out_of_memory(self) -> bool:
-        """Whether the kernel killed it for memory, as far as can be told: by SIGKILL, and not by us."""
-        return self._process.returncode == -signal.SIGKILL and not self._killed
+        """Whether the kernel killed it for memory.
+
+        By SIGKILL and not by us, while the kernel's count of such kills rose since the last `stats`.
+        """
+        if self._process.returncode != -signal.SIGKILL or self._killed:
+            return False
+        now = _oom_kills()
+        return now is None or self._oom_kills is None or now > self._oom_kills
 
     def set_limits(self, kv_bytes: int, max_sequences: int, pace: float = 1.0) -> None:
         """Sets what the worker may take from now on; `pace` is a share of time."""
@@ -364,6 +373,15 @@ def _to_error(failure: worker_pb2.Failure) -> errors.AgentError:
     if failure.kind == worker_pb2.FAILURE_KIND_TOO_LARGE:
         return errors.TooLargeError(failure.message, failure.needed_bytes, failure.available_bytes)
     return _PLAIN_ERRORS.get(failure.kind, errors.EngineError)(failure.message)
+
+
+def _oom_kills() -> int | None:
+    """How many processes the kernel has killed for memory since boot; None where it does not tell."""
+    try:
+        lines = Path("/proc/vmstat").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), None)
 
 
 def _why(status: int) -> str:

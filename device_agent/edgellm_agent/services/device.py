@@ -82,7 +82,7 @@ class DeviceServicer(device_pb2_grpc.DeviceServiceServicer):
         interval_s = request.interval_s or 1.0
         if not interval_s >= _SHORTEST_INTERVAL_S:
             raise InvalidError("interval_s", f"must be at least {_SHORTEST_INTERVAL_S}, not {interval_s}")
-        async for record in self._sampler.records(interval_s):
+        async for record in self._sampler.watch(interval_s):
             yield device_pb2.WatchTelemetryResponse(telemetry=record)
 
     @status.stream

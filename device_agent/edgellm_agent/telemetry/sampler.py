@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 
 from google.protobuf.message import Message
 
@@ -53,6 +53,7 @@ class Sampler:
         self._sequence = 0
         self._news = asyncio.Event()
         self._closed = False
+        self._watching_ended = False
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -68,21 +69,34 @@ class Sampler:
     async def close(self) -> None:
         """Stop sampling and end all readers; waits for no probe."""
         self._closed = True
-        self._news.set()
+        self._wake_readers()
         if self._task is not None:
             self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+            await asyncio.gather(self._task, return_exceptions=True)
             self._task = None
 
-    async def records(self, interval_s: float = 0.0) -> AsyncIterator[telemetry_pb2.Telemetry]:
+    def end_watching(self) -> None:
+        """End those who `watch`; the agent's own readers go on."""
+        self._watching_ended = True
+        self._wake_readers()
+
+    def records(self, interval_s: float = 0.0) -> AsyncGenerator[telemetry_pb2.Telemetry, None]:
         """Give the latest record and then, about every `interval_s`, the one that is latest then.
 
         Ends when the sampler is closed. An interval below the sampler's gives every record.
         """
+        return self._records(interval_s, lambda: self._closed)
+
+    def watch(self, interval_s: float = 0.0) -> AsyncGenerator[telemetry_pb2.Telemetry, None]:
+        """Give what `records` gives, for clients of the agent: they are sent away before it ends."""
+        return self._records(interval_s, lambda: self._closed or self._watching_ended)
+
+    async def _records(
+        self, interval_s: float, ended: Callable[[], bool]
+    ) -> AsyncGenerator[telemetry_pb2.Telemetry, None]:
         interval_ns, slack_ns = round(interval_s * 1e9), self._interval_ns // 2
         seen, due_ns = 0, 0
-        while not self._closed:
+        while not ended():
             news, record = self._news, self._latest
             if record is None or record.sequence == seen or record.monotonic_ns < due_ns - slack_ns:
                 await news.wait()
@@ -98,12 +112,18 @@ class Sampler:
         # Not `while True`: before Python 3.12, `wait_for` can swallow the cancellation by which `close` ends
         # this.
         while not self._closed:
-            self._latest = await self._sample()
-            news, self._news = self._news, asyncio.Event()
-            news.set()
+            try:
+                self._latest = await self._sample()
+            except Exception:  # whatever it is (no memory for a thread, say), the next one may succeed
+                log.exception("telemetry.sample_failed sequence=%d", self._sequence)
+            self._wake_readers()
             now_ns = self._clock.monotonic_ns()
             due_ns = next_due(due_ns, now_ns, self._interval_ns)
             await self._clock.sleep((due_ns - now_ns) / 1e9)
+
+    def _wake_readers(self) -> None:
+        news, self._news = self._news, asyncio.Event()
+        news.set()
 
     async def _sample(self) -> telemetry_pb2.Telemetry:
         self._sequence += 1

@@ -11,6 +11,7 @@ from grpc_status import rpc_status
 
 from edgellm.memory import plan_memory
 from edgellm.v1 import fleet_pb2, inference_pb2, inference_pb2_grpc
+from edgellm_agent.engine import worker_process
 from edgellm_agent.engine.pressure import Reading
 from edgellm_agent.engine.supervisor import EngineSpec, Limits, Refusal, Serving, SupervisedEngine
 from edgellm_agent.errors import UnavailableError
@@ -103,8 +104,20 @@ async def test_a_worker_that_is_started_again_gets_the_limits_and_its_end_is_tol
     assert await allowed(engine) == 2
     (ended,) = told
     assert ended == fleet_pb2.WorkerEnded(
-        engine=engine.spec.digest, reason="signal 9", out_of_memory=True, restarts_total=0
+        engine=engine.spec.digest, reason="signal 9", out_of_memory=False, restarts_total=0
     )
+
+
+async def test_a_worker_that_is_killed_while_the_kernel_counts_a_kill_for_memory_died_of_it(
+    started, monkeypatch
+):
+    engine, _, told = started
+    monkeypatch.setattr(worker_process, "_oom_kills", lambda: 7)
+    await engine._worker.stats()
+    monkeypatch.setattr(worker_process, "_oom_kills", lambda: 8)
+    os.kill(engine.worker_pid, signal.SIGKILL)
+    await until(lambda: told)
+    assert (told[0].reason, told[0].out_of_memory) == ("signal 9", True)
 
 
 async def test_another_signal_is_not_taken_for_want_of_memory(started):
