@@ -26,7 +26,9 @@ def idle_agent(inputs: Inputs) -> list[Row]:
     """With a real broker on loopback, and somebody who counts what arrives."""
     with running_broker() as broker:
         mqtt_settings = {"host": broker.host, "port": broker.port, "protocol": broker.protocols[0]}
-        settings = {"telemetry_interval_s": 1.0, "mqtt": {**mqtt_settings, "interval_s": 1.0}}
+        # Without the deadband: it would hold back most of what an idle board has to say.
+        every_record = {"interval_s": 1.0, "max_silence_s": 0}
+        settings = {"telemetry_interval_s": 1.0, "mqtt": {**mqtt_settings, **every_record}}
         with _arrivals(broker) as arrivals, running_agent(inputs.cache, settings) as agent:
             pid = agent.process.pid
             time.sleep(_SETTLE_S)

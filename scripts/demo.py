@@ -1,6 +1,7 @@
-"""The main job on this machine, with nothing mocked: build, push, generate, telemetry.
+"""The main job on this machine, through the real programs: build, push, generate, telemetry, heat.
 
-An agent here simulates an Orin Nano 8 GB: it enforces that board's memory limit; the speed is this machine's.
+An agent here simulates an Orin Nano 8 GB: it enforces that board's memory limit, and in the last act reads
+heat and power from a replayed recording; the speed is this machine's.
 """
 
 from __future__ import annotations
@@ -13,30 +14,25 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import paho.mqtt.client as paho
 from demo_broker import Broker, running_broker
-from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
-from rich.console import Console
+from demo_heat import Board, excerpt, figure, heat_up
+from demo_output import console, step
+from demo_reader import Heard, listening
 from rich.table import Table
 
 from edgellm.bundle import Bundle
 from edgellm.client import Client, Completion, Message
-from edgellm.fleet.topics import decode
-from edgellm.v1 import telemetry_pb2
 
 DEVICE = "jetson-01"
 PROFILE = "orin-nano-8gb"
 QUESTION = "Why do electronic devices need a heat sink? Answer in two sentences."
 START_S = 30.0
-TELEMETRY_S = 10.0
-
-console = Console(highlight=False, soft_wrap=True)
+WIDEST = 320
 
 
 def main() -> None:
@@ -53,15 +49,15 @@ def main() -> None:
         tempfile.TemporaryDirectory(prefix="edgellm-demo-") as scratch,
         running_broker() as broker,
         listening(broker) as heard,
-        running_agent(Path(scratch), broker) as socket,
     ):
-        step(f"Push it to {DEVICE}: an agent on this machine with the memory of an {PROFILE}")
-        edgellm("device", "add", DEVICE, f"unix://{socket}")
-        edgellm("push", "engine", "--device", DEVICE)
-        with Client(f"unix://{socket}") as client:
+        with running_agent(Path(scratch), broker) as target, Client(target) as client:
+            push(target)
             completion = chat(client)
             show_telemetry(heard, broker)
-            closing_table(arguments.model, bundle, client, completion, heard)
+        # It finds its engine again by itself.
+        with running_agent(Path(scratch), broker, excerpt(Path(scratch))) as target, Client(target) as client:
+            board = heat_up(target, heard, run=2)
+            closing_table(arguments.model, bundle, client, completion, board)
 
 
 def build(model: Path, target: Path) -> Bundle:
@@ -72,6 +68,13 @@ def build(model: Path, target: Path) -> Bundle:
         edgellm("build", str(model), *what, "--output", str(target))
     edgellm("inspect", str(target))
     return Bundle.open(target)
+
+
+def push(target: str) -> None:
+    """Makes the device known under its name, and brings the engine there."""
+    step(f"Push it to {DEVICE}: an agent on this machine with the memory of an {PROFILE}")
+    edgellm("device", "add", DEVICE, target)
+    edgellm("push", "engine", "--device", DEVICE)
 
 
 def chat(client: Client) -> Completion:
@@ -86,59 +89,18 @@ def chat(client: Client) -> Completion:
     return completion
 
 
-class Heard:
-    """The latest message of each topic that came from the broker."""
-
-    def __init__(self) -> None:
-        self.news = threading.Condition()
-        self.by_topic: dict[str, bytes] = {}
-        self.count = 0
-
-    def take(self, topic: str, payload: bytes) -> None:
-        """Called on the MQTT client's thread."""
-        with self.news:
-            self.by_topic[topic] = payload
-            self.count += 1
-            self.news.notify_all()
-
-    def runtime(self) -> telemetry_pb2.Telemetry:
-        """Waits for a record that knows of the answer just generated."""
-        with self.news:
-            if not self.news.wait_for(lambda: self._latest().runtime.generated_tokens_total > 0, TELEMETRY_S):
-                sys.exit("error: no telemetry came over MQTT")
-            return self._latest()
-
-    def _latest(self) -> telemetry_pb2.Telemetry:
-        payload = next((p for t, p in self.by_topic.items() if t.endswith("/tele/runtime")), None)
-        return telemetry_pb2.Telemetry() if payload is None else decode(payload).telemetry
-
-
 @contextlib.contextmanager
-def listening(broker: Broker) -> Iterator[Heard]:
-    """Collects what devices publish."""
-    heard = Heard()
-    protocol = MQTTProtocolVersion.MQTTv5 if "5" in broker.protocols else MQTTProtocolVersion.MQTTv311
-    client = paho.Client(CallbackAPIVersion.VERSION2, "edgellm-demo-reader", protocol=protocol)
-    client.on_connect = lambda c, *_: c.subscribe("edgellm/v1/#", qos=1)
-    client.on_message = lambda _client, _data, message: heard.take(message.topic, message.payload)
-    client.connect(broker.host, broker.port)
-    client.loop_start()
-    try:
-        yield heard
-    finally:
-        client.disconnect()
-        client.loop_stop()
-
-
-@contextlib.contextmanager
-def running_agent(scratch: Path, broker: Broker) -> Iterator[Path]:
+def running_agent(scratch: Path, broker: Broker, settings: str = "") -> Iterator[str]:
     """Starts `edgellm-agent run` and waits until its socket is there; ends it with SIGTERM."""
     socket = scratch / "agent.sock"
     config = scratch / "agent.toml"
     config.write_text(
         f'device = "{DEVICE}"\nprofile = "{PROFILE}"\nsimulate = true\n'
         f'state_dir = "{scratch / "state"}"\nsocket = "{socket}"\ndrain_s = 2\n'
+        f"{settings}\n"
         f'[mqtt]\nhost = "{broker.host}"\nport = {broker.port}\nprotocol = "{broker.protocols[0]}"\n'
+        # No deadband: every record comes, not only those that say something new.
+        "max_silence_s = 0\n"
     )
     log = scratch / "agent.log"
     with log.open("wb") as out:
@@ -149,7 +111,7 @@ def running_agent(scratch: Path, broker: Broker) -> Iterator[Path]:
             if agent.poll() is not None or time.monotonic() > deadline:
                 sys.exit(f"error: the agent did not start:\n{log.read_text()}")
             time.sleep(0.05)
-        yield socket
+        yield f"unix://{socket}"
     finally:
         agent.send_signal(signal.SIGTERM)
         try:
@@ -160,17 +122,17 @@ def running_agent(scratch: Path, broker: Broker) -> Iterator[Path]:
 
 
 def show_telemetry(heard: Heard, broker: Broker) -> None:
-    """Shows the last message of each topic, as it came."""
+    """Shows the last message of each topic, as it came but for its length."""
     heard.runtime()
     step(f"What the device reported over MQTT ({broker.kind}, MQTT {broker.protocols[0]})")
     for topic, payload in sorted(heard.by_topic.items()):
-        event = json.loads(payload)
-        data = event.get("telemetry") or event.get("state")
+        data = next(part for part in json.loads(payload).values() if isinstance(part, dict))
         parts = {k: v for k, v in data.items() if k not in ("sequence", "time", "monotonic_ns")}
         console.print(f"[bold]{topic}[/]")
         for name, part in parts.items():
-            console.print(f"  {name}: {json.dumps(part)}", soft_wrap=True)
-    console.print(f"({heard.count} messages so far, one round a second)")
+            text = json.dumps(part)
+            console.print(f"  {name}: {text if len(text) <= WIDEST else text[:WIDEST] + ' …'}", markup=False)
+    console.print(f"({heard.count} messages so far; every record, since the deadband is off here)")
 
 
 @dataclass(frozen=True)
@@ -181,59 +143,62 @@ class Row:
     value: str
 
 
-def closing_table(model: Path, bundle: Bundle, client: Client, completion: Completion, heard: Heard) -> None:
-    """Sizes, times, speed and memory of this run."""
-    (variant,) = bundle.variants
-    plan = client.memory_plan()
-    (engine,) = client.engines()
-    precision = variant.config.precision
-    total_s = completion.ttft_s + completion.decode_s
-    rows = [
-        Row("checkpoint", f"{_size(model) / 1e6:.1f} MB"),
-        Row(
-            "engine",
-            f"{engine.size_bytes / 1e6:.1f} MB in {len(bundle.manifest(variant.digest).layers)} files",
-        ),
-        Row("precision", f"{precision.weights}, {precision.scheme}, groups of {precision.group_size}"),
-        Row(
-            "", f"head {precision.head}; embedding {precision.embedding}; activations {precision.activations}"
-        ),
-        Row(
-            "why int4",
-            "smallest; float minima keep the source's own grid (docs/performance.md has perplexities)",
-        ),
-        Row("load time", f"{heard.runtime().runtime.load_s:.2f} s"),
-        Row(
-            "time to first token",
-            f"{completion.ttft_s * 1e3:.0f} ms for {completion.prompt_tokens} prompt tokens",
-        ),
-        Row(
-            "decode",
-            f"{completion.decode_tokens_per_s:.1f} tokens/s over {completion.completion_tokens} tokens",
-        ),
-        Row("whole answer", f"{total_s:.2f} s"),
-        Row("KV cache", f"{completion.kv_bytes / 1e6:.1f} MB used of {plan.kv_bytes / 1e6:.1f} MB bound"),
-        Row(
-            "memory plan",
-            f"{plan.available_bytes / 1e6:.0f} MB available: weights {plan.weights_bytes / 1e6:.0f}, "
-            f"workspace {plan.workspace_bytes / 1e6:.0f}, headroom {plan.headroom_bytes / 1e6:.0f}, "
-            f"KV up to {plan.kv_bytes / 1e6:.0f}",
-        ),
-    ]
+def closing_table(model: Path, bundle: Bundle, client: Client, completion: Completion, board: Board) -> None:
+    """Sizes, times, speed, memory, heat and energy of this run."""
     step("This run")
     table = Table("", "", box=None, pad_edge=False, show_header=False)
-    for row in rows:
+    for row in (
+        *_engine_rows(model, bundle, client),
+        *_answer_rows(client, completion, board),
+        *_heat_rows(board),
+    ):
         table.add_row(row.what, row.value)
     console.print(table)
 
 
+def _engine_rows(model: Path, bundle: Bundle, client: Client) -> Iterator[Row]:
+    (variant,) = bundle.variants
+    (engine,) = client.engines()
+    precision = variant.config.precision
+    files = len(bundle.manifest(variant.digest).layers)
+    yield Row("checkpoint", f"{_size(model) / 1e6:.1f} MB")
+    yield Row("engine", f"{engine.size_bytes / 1e6:.1f} MB in {files} files")
+    yield Row("precision", f"{precision.weights}, {precision.scheme}, groups of {precision.group_size}")
+    rest = f"head {precision.head}; embedding {precision.embedding}; activations {precision.activations}"
+    yield Row("", rest)
+    why = "smallest; float minima keep the source's own grid (docs/performance.md has perplexities)"
+    yield Row("why int4", why)
+
+
+def _answer_rows(client: Client, completion: Completion, board: Board) -> Iterator[Row]:
+    plan = client.memory_plan()
+    yield Row("load time", f"{board.now.runtime.load_s:.2f} s")
+    first = f"{completion.ttft_s * 1e3:.0f} ms for {completion.prompt_tokens} prompt tokens"
+    yield Row("time to first token", first)
+    speed = f"{completion.decode_tokens_per_s:.1f} tokens/s over {completion.completion_tokens} tokens"
+    yield Row("decode", speed)
+    yield Row("whole answer", f"{completion.ttft_s + completion.decode_s:.2f} s")
+    used, bound = completion.kv_bytes / 1e6, plan.kv_bytes / 1e6
+    yield Row("KV cache", f"{used:.1f} MB used of {bound:.1f} MB bound")
+    yield Row(
+        "memory plan",
+        f"{plan.available_bytes / 1e6:.0f} MB available: weights {plan.weights_bytes / 1e6:.0f}, "
+        f"workspace {plan.workspace_bytes / 1e6:.0f}, headroom {plan.headroom_bytes / 1e6:.0f}, "
+        f"KV up to {bound:.0f}",
+    )
+
+
+def _heat_rows(board: Board) -> Iterator[Row]:
+    yield Row("governor", f"{' → '.join(board.states)}, pace down to {board.least_pace:.2f} (board replayed)")
+    runtime, power = board.now.runtime, board.now.power
+    mixed = "this machine's tokens over the replayed board's joules"
+    yield Row("tokens per joule", f"{figure(runtime, 'tokens_per_joule', '.2f')}: {mixed}")
+    energy = figure(power, "energy_total_j", ".0f")
+    yield Row("energy", f"{energy} J (replayed) for {runtime.generated_tokens_total} tokens")
+
+
 def _size(model: Path) -> int:
     return model.stat().st_size if model.is_file() else sum(p.stat().st_size for p in model.iterdir())
-
-
-def step(title: str) -> None:
-    """A heading."""
-    console.print(f"\n[bold cyan]# {title}[/]")
 
 
 def program(name: str) -> str:

@@ -50,7 +50,11 @@ def street(request, tmp_path_factory):
         cli.run("build", str(MODEL), "--precision", request.param, "--device", "orin-nano-8gb", "--json")
     )
     with running_broker() as broker, listening(broker) as heard:
-        mqtt = f'[mqtt]\nhost = "{broker.host}"\nport = {broker.port}\nprotocol = "{broker.protocols[0]}"'
+        mqtt = (
+            f'[mqtt]\nhost = "{broker.host}"\nport = {broker.port}\nprotocol = "{broker.protocols[0]}"\n'
+            # Every record: the deadband could hold the last one back for a minute.
+            "max_silence_s = 0"
+        )
         with running_agent(root, f"drain_s = 2\n{mqtt}") as agent:
             cli.run("device", "add", "jetson-test", agent.target)
             pushed = json.loads(cli.run("push", "engine", "--device", "jetson-test", "--json"))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from edgellm_agent.telemetry import recording
 from edgellm_agent.telemetry.base import Clock, Part, PartName, Probe
-from edgellm_agent.telemetry.recording import Content, Files, Recording, RecordingError
+from edgellm_agent.telemetry.recording import Files, Recording, RecordingError
 from edgellm_agent.telemetry.sysfs import SysfsSource
 
 _SHIPPED = ".jsonl.gz"
@@ -107,18 +107,23 @@ def write_tree(root: Path, files: Files) -> None:
     """Write files below a root as a checked recording has them."""
     for path, content in files.items():
         file = root / path
+        if isinstance(content, str):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            _replace(file, content.encode("utf-8", "replace"))
+            continue
         _clear(file)
         if content is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            _write(file, content)
+            # Reading a folder fails with an OSError, as reading a gated sensor does.
+            file.mkdir(parents=True, exist_ok=True)
 
 
-def _write(file: Path, content: Content) -> None:
-    if isinstance(content, str):
-        file.write_bytes(content.encode("utf-8", "replace"))
-    else:
-        # Reading a folder fails with an OSError, as reading a gated sensor does.
-        file.mkdir()
+def _replace(file: Path, content: bytes) -> None:
+    """At once: a read that was slow, and is still under way, finds the old or the new figure."""
+    if file.is_dir():
+        file.rmdir()
+    fresh = file.with_name(f"{file.name}.new")
+    fresh.write_bytes(content)
+    fresh.replace(file)
 
 
 def _clear(file: Path) -> None:

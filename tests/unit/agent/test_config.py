@@ -1,3 +1,7 @@
+import re
+from pathlib import Path
+
+import pydantic
 import pytest
 
 from edgellm.errors import EdgellmError
@@ -50,3 +54,46 @@ def test_a_file_that_is_no_toml_and_one_that_is_not_there(tmp_path):
 @pytest.mark.parametrize("listen", ["127.0.0.1:7077", "localhost:7077", "[::1]:7077"])
 def test_loopback_may_be_listened_on(tmp_path, listen):
     assert load_settings(write(tmp_path, f"listen = '{listen}'")).listen == listen
+
+
+SHIPPED = Path(__file__).parents[3] / "deploy/agent.toml"
+# Where the file shows an example though there is a default.
+EXAMPLES = {"device", "profile"}
+NOTHING = ((), {}, frozenset())
+
+
+def with_every_setting(tmp_path):
+    """The shipped file, with every setting that it only shows."""
+    return load_settings(
+        write(tmp_path, re.sub(r"^#(?=[a-z\[])", "", SHIPPED.read_text(), flags=re.MULTILINE))
+    )
+
+
+def every_field(settings, table=""):
+    for name, field in type(settings).model_fields.items():
+        value = getattr(settings, name)
+        yield f"{table}{name}", name in settings.model_fields_set, field, value
+        if isinstance(value, pydantic.BaseModel):
+            yield from every_field(value, f"{table}{name}.")
+
+
+def test_the_shipped_file_is_accepted_as_it_is():
+    settings = load_settings(SHIPPED)
+    assert (settings.device, settings.mqtt, settings.http) == ("jetson-01", None, None)
+
+
+def test_the_shipped_file_names_every_setting(tmp_path):
+    settings = with_every_setting(tmp_path)
+    assert [name for name, is_set, _, _ in every_field(settings) if not is_set] == []
+
+
+def test_what_the_shipped_file_shows_is_the_default_where_there_is_one(tmp_path):
+    wrong = {}
+    for name, _, field, value in every_field(with_every_setting(tmp_path)):
+        default = field.get_default(call_default_factory=True)
+        no_default = field.is_required() or default is None or default in NOTHING
+        if no_default or name in EXAMPLES or isinstance(value, pydantic.BaseModel):
+            continue
+        if value != default:
+            wrong[name] = (value, default)
+    assert wrong == {}

@@ -1,0 +1,74 @@
+"""Somebody who listens to the demo's device at the broker."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import paho.mqtt.client as paho
+from demo_broker import Broker
+from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
+
+from edgellm.fleet.topics import decode
+from edgellm.v1 import fleet_pb2, telemetry_pb2
+
+TELEMETRY_S = 10.0
+
+
+class Heard:
+    """What came from the broker: the latest payload of each topic, and all events in a queue."""
+
+    def __init__(self) -> None:
+        self.news = threading.Condition()
+        self.by_topic: dict[str, bytes] = {}
+        self.count = 0
+        self._queue: queue.SimpleQueue[fleet_pb2.Event] = queue.SimpleQueue()
+
+    def take(self, topic: str, payload: bytes) -> None:
+        """Called on the MQTT client's thread."""
+        with self.news:
+            self.by_topic[topic] = payload
+            self.count += 1
+            self.news.notify_all()
+        self._queue.put(decode(payload))
+
+    def events(self, run: int, within_s: float) -> Iterator[fleet_pb2.Event]:
+        """Events of that start of the agent, in the order in which they came; ends after so many seconds."""
+        until = time.monotonic() + within_s
+        with contextlib.suppress(queue.Empty):
+            while (left_s := until - time.monotonic()) > 0:
+                event = self._queue.get(timeout=left_s)
+                if event.run == run:
+                    yield event
+
+    def runtime(self) -> telemetry_pb2.Telemetry:
+        """Waits for a record that knows of the answer just generated."""
+        with self.news:
+            if not self.news.wait_for(lambda: self._latest().runtime.generated_tokens_total > 0, TELEMETRY_S):
+                sys.exit("error: no telemetry came over MQTT")
+            return self._latest()
+
+    def _latest(self) -> telemetry_pb2.Telemetry:
+        payload = next((p for t, p in self.by_topic.items() if t.endswith("/tele/runtime")), None)
+        return telemetry_pb2.Telemetry() if payload is None else decode(payload).telemetry
+
+
+@contextlib.contextmanager
+def listening(broker: Broker) -> Iterator[Heard]:
+    """Collects what devices publish."""
+    heard = Heard()
+    protocol = MQTTProtocolVersion.MQTTv5 if "5" in broker.protocols else MQTTProtocolVersion.MQTTv311
+    client = paho.Client(CallbackAPIVersion.VERSION2, "edgellm-demo-reader", protocol=protocol)
+    client.on_connect = lambda c, *_: c.subscribe("edgellm/v1/#", qos=1)
+    client.on_message = lambda _client, _data, message: heard.take(message.topic, bytes(message.payload))
+    client.connect(broker.host, broker.port)
+    client.loop_start()
+    try:
+        yield heard
+    finally:
+        client.disconnect()
+        client.loop_stop()
