@@ -13,6 +13,7 @@ from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
+    SettingsError,
     TomlConfigSettingsSource,
 )
 
@@ -112,8 +113,11 @@ def load_settings(path: Path | None, overrides: Mapping[str, Any] | None = None)
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in first["loc"])
-        raise EdgellmError(
-            f"setting {field}: {first['msg']}", f"correct it in {path or 'the environment'}"
-        ) from None
+        where = "on the command line" if field in (overrides or {}) else f"in {path or 'the environment'}"
+        what = first["msg"].removeprefix("Value error, ")
+        raise EdgellmError(f"setting {field}: {what}" if field else what, f"correct it {where}") from None
+    except SettingsError as error:
+        hint = 'in the environment a list is written as JSON: \'["a", "b"]\''
+        raise EdgellmError(str(error), hint) from None
     except ValueError as error:
         raise EdgellmError(f"{path} is not TOML: {error}", "correct the file") from None

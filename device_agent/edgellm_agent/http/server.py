@@ -62,7 +62,9 @@ class HttpServer:
             # Not uvicorn's own start: it ends the process when it cannot listen, and takes its signals.
             self._server = await loop.create_server(self._protocol, host.strip("[]"), int(port))
         except OSError as error:
-            raise PreconditionError(f"cannot listen on {self._listen}: {error}") from None
+            raise PreconditionError(
+                f"cannot listen on {self._listen}: {error}; choose another `listen`, or stop who has it"
+            ) from None
         log.info("listening on http://%s", self._listen)
 
     async def stop(self, grace_s: float) -> None:

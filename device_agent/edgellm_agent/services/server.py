@@ -69,7 +69,10 @@ class Server:
                 self._server.add_insecure_port(tcp)
             await self._server.start()
         except RuntimeError as error:
-            raise PreconditionError(f"cannot listen on {path} or {tcp}: {error}") from None
+            where = f"{path} or {tcp}" if tcp else str(path)
+            raise PreconditionError(
+                f"cannot listen on {where}: {error}; choose another `socket` or `listen`, or stop who has it"
+            ) from None
         finally:
             os.umask(old_mask)
         self._socket = path
