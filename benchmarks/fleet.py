@@ -1,4 +1,9 @@
-"""What a fleet costs its receiver: many simulated devices on one mosquitto, `python -m benchmarks.fleet`."""
+"""What a fleet costs its broker and receivers: many devices on one mosquitto.
+
+python -m benchmarks.fleet                      devices with the agent's own publisher and its defaults
+python -m benchmarks.fleet --restart            and a broker that is away for ten seconds in the middle
+python -m benchmarks.fleet --publisher flood    simulated devices that send everything of every record
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,6 @@ import contextlib
 import json
 import os
 import platform
-import selectors
 import signal
 import subprocess
 import sys
@@ -18,35 +22,41 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from typing_extensions import Self
+
+from benchmarks.fleet_devices import DeviceProcesses, Told
+from benchmarks.fleet_swarm import Swarm
 from edgellm.fleet.queries import FleetReader
 from edgellm.fleet.receiver import Receiver
 from edgellm.fleet.settings import BrokerSettings
 from edgellm.fleet.topics import Encoding
 from edgellm.fleet.validate import Incoming
 from scripts.demo_broker import Broker, find_mosquitto
-from tests.support.fleet_devices import Message, SimulatedDevice
 
-_ROUND_S = 1.0
 _READY_S = 30.0
-_SETTLE_S = 3.0
 _DRAIN_S = 60.0
-# Each device tells an event so often: far more than a fleet that works.
-_EVENT_EVERY_ROUNDS = 10
 _REPLAY_RECORDS = 300
+# How long a broker that is restarted is away.
+_AWAY_S = 10.0
+# When a broker with persistence writes its whole file: each second, or with each change.
+_AUTOSAVE = {
+    "none": "persistence false\n",
+    "second": "persistence true\nautosave_on_changes false\nautosave_interval 1\n",
+    "change": "persistence true\nautosave_on_changes true\nautosave_interval 1\n",
+}
 
 
 @dataclass(frozen=True)
 class Figures:
     """What one run measured."""
 
+    publisher: str
+    persistence: str
     devices: int
     receivers: int
-    encoding: str
     seconds: float
     published: int
     published_per_s: float
-    recorded: int
-    recorded_per_s: float
     lag_p50_ms: float
     lag_p99_ms: float
     mb_per_device_hour: float
@@ -57,81 +67,56 @@ class Figures:
     events_sent: int
     events_lost: int
     events_twice: int
+    telemetry_sent: int
     telemetry_lost: int
+    # Seconds from the broker's return until half of the devices, and all, were connected again.
+    back_p50_s: float | None
+    back_all_s: float | None
+    load_before: float
 
 
-class Swarm:
-    """All devices in one thread: each publishes one record a second, at a moment of its own."""
+class RealDevices:
+    """The agent's publisher, for each device, in processes of their own."""
 
-    def __init__(self, broker: Broker, count: int, encoding: Encoding) -> None:
-        self.devices = [
-            SimulatedDevice(
-                broker, f"jetson-{n:03}", group=f"line-{n % 10}", encoding=encoding, threaded=False
-            )
-            for n in range(count)
-        ]
-        self._selector = selectors.DefaultSelector()
-        self.sent = self.sent_bytes = self.events = 0
-        for device in self.devices:
-            device.connect()
-            sock = device.client.socket()
-            assert sock is not None
-            self._selector.register(sock.fileno(), selectors.EVENT_READ, device)
-            self._pump(0)
+    def __init__(self, broker: Broker, count: int, processes: int, folder: Path, restart: bool) -> None:
+        self._broker, self._count, self._restart = broker, count, restart
+        # Their disks are not what is measured: each device has its own.
+        self._processes = DeviceProcesses(broker.host, broker.port, folder, count, processes)
+        # When the broker was there again.
+        self.back_s = 0.0
 
-    def run(self, rounds: int) -> None:
-        """Publishes so many records of each device, in real time."""
-        began = time.monotonic()
-        for number in range(rounds):
-            for index, device in enumerate(self.devices):
-                self._pump_until(began + (number + index / len(self.devices)) * _ROUND_S)
-                messages = device.telemetry()
-                if (number + index) % _EVENT_EVERY_ROUNDS == 0:
-                    messages += device.events(1)
-                    self.events += 1
-                self._send(device, messages)
+    @property
+    def pids(self) -> list[int]:
+        """The devices' processes."""
+        return self._processes.pids
 
-    def burst(self, device: SimulatedDevice, messages: Sequence[Message], window: int) -> None:
-        """Publishes as fast as the broker acknowledges, with so many messages on their way."""
-        waiting = [info for info in self._send(device, messages[:window]) if info.rc == 0]
-        for message in messages[window:]:
-            while not waiting[0].is_published():
-                self._pump(0.01)
-            waiting.pop(0)
-            waiting += self._send(device, [message])
+    def __enter__(self) -> Self:
+        self._processes.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._processes.__exit__(*exception)
+
+    def run(self, seconds: int) -> None:
+        """Lets them work for so long."""
+        self._processes.go()
+        if not self._restart:
+            time.sleep(seconds)
+            return
+        time.sleep(seconds / 3)
+        self._broker.stop()
+        time.sleep(_AWAY_S)
+        self._broker.start()
+        self.back_s = time.monotonic()
+        time.sleep(max(0.0, seconds * 2 / 3 - _AWAY_S))
+
+    def finish(self) -> Told:
+        """What they told; the broker has it."""
+        return self._processes.finish()
 
     def close(self) -> None:
-        """Says goodbye, so that no will is sent."""
-        self.settle(1.0)
-        for device in self.devices:
-            device.client.disconnect()
-        self._selector.close()
-
-    def settle(self, seconds: float) -> None:
-        """Reads what the broker still has to acknowledge."""
-        self._pump_until(time.monotonic() + seconds)
-
-    def _send(self, device: SimulatedDevice, messages: Sequence[Message]) -> list:  # type: ignore[type-arg]
-        self.sent += len(messages)
-        self.sent_bytes += sum(_wire_bytes(item) for item in messages)
-        return device.send(messages)
-
-    def _pump_until(self, moment: float) -> None:
-        while (left_s := moment - time.monotonic()) > 0:
-            self._pump(min(left_s, 0.05))
-
-    def _pump(self, timeout_s: float) -> None:
-        for key, _ in self._selector.select(timeout_s):
-            key.data.client.loop_read()
-            if key.data.client.want_write():
-                key.data.client.loop_write()
-
-
-def _wire_bytes(message: Message) -> int:
-    """A PUBLISH of QoS 1 as paho writes it: two lengths, the packet's number, content type; no TCP or TLS."""
-    return (
-        len(message.payload) + len(message.topic.encode()) + 2 + 2 + 1 + 3 + 1 + 3 + len("application/json")
-    )
+        """They say goodbye."""
+        self._processes.close()
 
 
 # The receiver's process: counts the time from publishing to the commit.
@@ -173,47 +158,83 @@ def receivers(broker: Broker, path: Path, count: int) -> Iterator[list[subproces
         yield processes
 
 
-def fleet(count: int, seconds: int, receiver_count: int, encoding: Encoding) -> Figures:
+def fleet(options: argparse.Namespace, receiver_count: int) -> Figures:
     """So many devices at one record a second."""
-    with _scratch() as (broker, path), receivers(broker, path, receiver_count) as processes:
-        swarm = Swarm(broker, count, encoding)
-        pids = [_pid(broker), *(process.pid for process in processes), os.getpid()]
+    count, seconds = options.devices, options.seconds
+    load = os.getloadavg()[0]
+    with contextlib.ExitStack() as stack:
+        broker, path = stack.enter_context(_scratch(options.persistence))
+        recorders = stack.enter_context(receivers(broker, path, receiver_count))
+        devices = _devices(stack, broker, options)
+        pids = [*devices.pids, *(process.pid for process in recorders)]
         before, began = [_cpu_s(pid) for pid in pids], time.monotonic()
-        swarm.run(seconds)
+        broker_cpu = _BrokerCpu(broker)
+        devices.run(seconds)
         elapsed_s = time.monotonic() - began
         cpu = [100 * (_cpu_s(pid) - old) / elapsed_s for pid, old in zip(pids, before, strict=True)]
-        swarm.settle(_SETTLE_S)
-        _until_recorded(path, swarm.sent)
+        mosquitto = broker_cpu.percent(elapsed_s)
+        told = devices.finish()
+        _until_recorded(path, told.events + told.telemetry)
         recorded, events, stored = _counted(path)
-        swarm.close()
-        lags = sorted(lag for process in processes for lag in _ended(process))
+        devices.close()
+        lags = sorted(lag for process in recorders for lag in _ended(process))
+    back = sorted(told.connected_s)
+    if options.restart and len(back) < count:
+        raise RuntimeError(f"only {len(back)} of {count} devices came back")
+    senders = len(devices.pids)
     return Figures(
+        publisher=options.publisher,
+        persistence=options.persistence,
         devices=count,
         receivers=receiver_count,
-        encoding=encoding,
         seconds=round(elapsed_s, 1),
-        published=swarm.sent,
-        published_per_s=round(swarm.sent / elapsed_s),
-        recorded=recorded,
-        recorded_per_s=round(recorded / elapsed_s),
+        published=told.messages,
+        published_per_s=round(told.messages / elapsed_s),
         lag_p50_ms=round(lags[len(lags) // 2], 1),
         lag_p99_ms=round(lags[len(lags) * 99 // 100], 1),
-        mb_per_device_hour=round(swarm.sent_bytes / count / elapsed_s * 3600 / 1e6, 2),
+        mb_per_device_hour=round(told.bytes / count / elapsed_s * 3600 / 1e6, 2),
         stored_bytes_per_message=round(stored / recorded),
-        mosquitto_cpu_percent=round(cpu[0], 1),
-        receiver_cpu_percent=round(sum(cpu[1:-1]), 1),
-        devices_cpu_percent=round(cpu[-1], 1),
-        events_sent=swarm.events,
-        events_lost=swarm.events - events,
-        events_twice=max(0, events - swarm.events),
-        telemetry_lost=swarm.sent - recorded - (swarm.events - events),
+        mosquitto_cpu_percent=round(mosquitto, 1),
+        receiver_cpu_percent=round(sum(cpu[senders:]), 1),
+        devices_cpu_percent=round(sum(cpu[:senders]), 1),
+        events_sent=told.events,
+        events_lost=max(0, told.events - events),
+        events_twice=max(0, events - told.events),
+        telemetry_sent=told.telemetry,
+        telemetry_lost=told.telemetry - (recorded - events),
+        back_p50_s=round(back[len(back) // 2] - devices.back_s, 1) if back else None,
+        back_all_s=round(back[-1] - devices.back_s, 1) if back else None,
+        load_before=round(load, 1),
     )
+
+
+def _devices(stack: contextlib.ExitStack, broker: Broker, options: argparse.Namespace) -> Swarm | RealDevices:
+    if options.publisher == "flood":
+        return Swarm(broker, options.devices, options.encoding)
+    memory = Path("/dev/shm")
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None)))
+    return stack.enter_context(
+        RealDevices(broker, options.devices, options.processes, folder, options.restart)
+    )
+
+
+class _BrokerCpu:
+    """The processor time of a broker, which may become another process."""
+
+    def __init__(self, broker: Broker) -> None:
+        self._broker = broker
+        self._pid, self._before_s = _pid(broker), _cpu_s(_pid(broker))
+
+    def percent(self, elapsed_s: float) -> float:
+        """Of one core; after a restart, of the second process alone, over the whole time."""
+        pid = _pid(self._broker)
+        return 100 * (_cpu_s(pid) - (self._before_s if pid == self._pid else 0.0)) / elapsed_s
 
 
 def replay(hours: float, encoding: Encoding) -> dict[str, float]:
     """The telemetry of one device that was away for so long, as fast as it is taken."""
     records = round(hours * 3600)
-    with _scratch() as (broker, path), receivers(broker, path, 1) as processes:
+    with _scratch("none") as (broker, path), receivers(broker, path, 1) as processes:
         swarm = Swarm(broker, 1, encoding)
         (device,) = swarm.devices
         cpu_before, began = _cpu_s(processes[0].pid), time.monotonic()
@@ -252,7 +273,7 @@ def main() -> int:
     print(
         f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}", file=sys.stderr
     )
-    runs = [fleet(options.devices, options.seconds, count, options.encoding) for count in options.receivers]
+    runs = [fleet(options, count) for count in options.receivers]
     rows: list[dict[str, object]] = [asdict(run) for run in runs]
     for name in Figures.__dataclass_fields__ if rows else ():
         print(f"{name:<26} " + " ".join(f"{row[name]!s:>12}" for row in rows))
@@ -285,12 +306,12 @@ def _counted(path: Path) -> tuple[int, int, int]:
 
 
 @contextlib.contextmanager
-def _scratch() -> Iterator[tuple[Broker, Path]]:
+def _scratch(persistence: str) -> Iterator[tuple[Broker, Path]]:
     with tempfile.TemporaryDirectory(prefix="edgellm-fleet-bench-") as folder:
-        broker = Broker("mosquitto", Path(folder))
-        with (Path(folder) / "broker.conf").open("a", encoding="utf-8") as config:
-            # As the docs advise: by default it drops what comes while 1,000 messages wait for a receiver.
-            config.write("max_queued_messages 0\n")
+        kept = f"{_AUTOSAVE[persistence]}persistence_location {folder}/\n"
+        # As the docs advise: by default it drops what comes while 1,000 messages wait for a receiver.
+        options = f"allow_anonymous true\nmax_queued_messages 0\n{kept}"
+        broker = Broker("mosquitto", Path(folder), options=options)
         broker.start()
         try:
             yield broker, Path(folder) / "fleet.db"
@@ -321,12 +342,20 @@ def _cpu_s(pid: int) -> float:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.fleet", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.fleet",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
     parser.add_argument("--devices", type=int, default=500)
     parser.add_argument("--seconds", type=int, default=60)
     parser.add_argument("--receivers", type=int, nargs="*", default=[1, 2], help="a run for each count")
-    parser.add_argument("--encoding", choices=["json", "protobuf"], default="json")
-    parser.add_argument("--replay-hours", type=float, default=24.0, help="0: no replay")
+    parser.add_argument("--publisher", choices=["real", "flood"], default="real")
+    parser.add_argument("--processes", type=int, default=4, help="of the real devices")
+    parser.add_argument("--restart", action="store_true", help="of the broker, in the middle; real devices")
+    parser.add_argument("--persistence", choices=sorted(_AUTOSAVE), default="none", help="when it writes")
+    parser.add_argument("--encoding", choices=["json", "protobuf"], default="json", help="of the flood")
+    parser.add_argument("--replay-hours", type=float, default=0.0, help="a device that was away so long")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--receive", metavar="URL", help=argparse.SUPPRESS)
     parser.add_argument("--db", type=Path, help=argparse.SUPPRESS)

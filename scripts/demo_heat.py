@@ -34,7 +34,7 @@ DEADLINE_S = 45.0
 PARTS = ("thermal", "power", "runtime", "governor")
 # A row each two records.
 ROW_EVERY_S = 2 * SPEED
-HEADER = "BOARD    TEMP     MARGIN   POWER   GOVERNOR  PACE  TOK/S  TOK/J"
+HEADER = "BOARD    TEMP     MARGIN    POWER   GOVERNOR  PACE  TOK/S  TOK/J"
 
 
 @dataclass
@@ -75,7 +75,7 @@ class Board:
         thermal, power, runtime = self.now.thermal, self.now.power, self.now.runtime
         return (
             f"{self.seconds:3.0f} s  {figure(thermal, 'max_celsius', '5.1f')} °C"
-            f"  {figure(thermal, 'margin_celsius', '5.1f')} K"
+            f"  {figure(thermal, 'margin_celsius', '5.1f')} °C"
             f"  {figure(power, 'total_mw', '4.1f', 1e-3)} W"
             f"  {self.now.governor.state:<8}  {self.now.governor.pace:4.2f}"
             f"  {runtime.decode_tokens_per_s:5.1f}  {figure(runtime, 'tokens_per_joule', '5.2f')}"
@@ -139,7 +139,7 @@ def _told(change: fleet_pb2.GovernorChanged) -> str:
     now = change.now
     return (
         f"{change.before} → {now.state}, for {', '.join(now.reasons) or 'all is well'}:"
-        f" {change.max_celsius:.1f} °C, {change.margin_celsius:.1f} K to the trip point; pace {now.pace:.2f}"
+        f" {change.max_celsius:.1f} °C, {change.margin_celsius:.1f} °C to the trip point; pace {now.pace:.2f}"
     )
 
 

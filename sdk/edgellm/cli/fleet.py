@@ -98,9 +98,14 @@ def watch(
     _require_paho()
     from edgellm.cli.fleet_watch import Watch
     from edgellm.fleet.store import Retention, default_path
+    from edgellm.fleet.topics import NAME_PATTERN
 
     settings = _settings(locals())
     retention = Retention(retention_days, event_days, round(max_gb * 1e9))
+    if share is not None and not re.fullmatch(NAME_PATTERN, share):
+        raise EdgellmError(
+            f"--share {share!r} cannot be part of a topic", "use letters, digits, '.', '_', '-', at most 64"
+        )
     watching = Watch(settings, (db or default_path()) if record else None, retention, share)
     if once:
         watching.once()

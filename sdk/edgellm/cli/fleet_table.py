@@ -34,7 +34,7 @@ def cells(view: DeviceView, now_ns: int) -> tuple[str, ...]:
         state_words(view, now_ns),
         engine_words(view),
         f"{thermal.max_celsius:.1f} °C" if fresh and thermal.HasField("max_celsius") else "",
-        f"{thermal.margin_celsius:.1f} K" if fresh and thermal.HasField("margin_celsius") else "",
+        f"{thermal.margin_celsius:.1f} °C" if fresh and thermal.HasField("margin_celsius") else "",
         governor_words(view) if fresh else "",
         f"{power.total_mw / 1000:.1f} W" if fresh and power.HasField("total_mw") else "",
         f"{runtime.decode_tokens_per_s:.1f}" if fresh and view.telemetry.HasField("runtime") else "",

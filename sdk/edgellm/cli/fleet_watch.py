@@ -66,8 +66,9 @@ class Watch:
         from rich.live import Live
 
         with self._receiving(None) as (receiver, reader), Live(auto_refresh=False, screen=True) as live:
+            since_ns = time.time_ns()
             while not self._stop.is_set():
-                now_ns, views = time.time_ns(), reader.devices()
+                now_ns, views = time.time_ns(), reader.devices(since_ns)
                 trouble = receiver.trouble or ("" if receiver.connected else "no broker; trying again")
                 title = " | ".join(part for part in (summary(views, now_ns), trouble) if part)
                 live.update(rich_table(views, now_ns, title), refresh=True)
@@ -76,8 +77,9 @@ class Watch:
     def once(self) -> None:
         """Prints the fleet as it is within two seconds."""
         with self._receiving(None) as (_receiver, reader):
+            since_ns = time.time_ns()
             self._stop.wait(_ONCE_S)
-            now_ns, views = time.time_ns(), reader.devices()
+            now_ns, views = time.time_ns(), reader.devices(since_ns)
         print_table(HEADERS, [cells(view, now_ns) for view in worst_first(views, now_ns)])
         typer.echo(summary(views, now_ns))
 

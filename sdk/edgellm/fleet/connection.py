@@ -19,7 +19,9 @@ from edgellm.errors import EdgellmError
 from edgellm.fleet.settings import BrokerSettings, password
 
 _KEEPALIVE_S = 30
-_RECONNECT_MIN_S, _RECONNECT_MAX_S = 1, 30
+# Receivers are few, and a broker that comes back may drop what devices tell before they are there: mosquitto
+# 2.0.11 forgets shared subscriptions when it restarts.
+_RECONNECT_MIN_S, _RECONNECT_MAX_S = 1, 2
 
 
 class BrokerError(EdgellmError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -46,6 +46,8 @@ class DeviceView:
     telemetry_ns: int
     last_event: fleet_pb2.Event | None
     last_event_ns: int
+    # Since when somebody listens: before, nobody could have heard it.
+    listening_since_ns: int = 0
 
     @property
     def online(self) -> bool:
@@ -67,7 +69,8 @@ class DeviceView:
 
     def silent(self, now_ns: int) -> bool:
         """Whether it says that it is online, and nothing else."""
-        return self.online and now_ns - max(self.first_seen_ns, self.last_seen_ns) > SILENT_S * 1e9
+        heard_ns = max(self.first_seen_ns, self.last_seen_ns, self.listening_since_ns)
+        return self.online and now_ns - heard_ns > SILENT_S * 1e9
 
     def rank(self, now_ns: int) -> tuple[int, str, str]:
         """Sorts the worst first: critical, hot, failed, gone, warm, on the way, and then by name."""
@@ -108,7 +111,7 @@ class FleetReader:
         """Closes the file."""
         self._database.close()
 
-    def devices(self) -> list[DeviceView]:
+    def devices(self, listening_since_ns: int = 0) -> list[DeviceView]:
         """All known devices, by source."""
         parts: dict[int, dict[str, tuple[int, fleet_pb2.Event]]] = {}
         with self._snapshot():
@@ -120,7 +123,8 @@ class FleetReader:
                 "SELECT id, tenant, grp, name, first_seen_ns, last_seen_ns, skew_ns FROM devices"
                 " ORDER BY source"
             ).fetchall()
-        return [_view(DeviceTopics(*row[1:4]), row[4:7], parts.get(row[0], {})) for row in rows]
+        views = [_view(DeviceTopics(*row[1:4]), row[4:7], parts.get(row[0], {})) for row in rows]
+        return [replace(view, listening_since_ns=listening_since_ns) for view in views]
 
     def find(self, name: str) -> DeviceView:
         """The device of that name, or of GROUP/NAME if several have it; raises EdgellmError."""

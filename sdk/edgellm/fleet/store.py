@@ -391,6 +391,5 @@ def _is_will(event: fleet_pb2.Event) -> bool:
 
 
 def _is_sign_of_life(message: Incoming) -> bool:
-    """Not what the broker had kept or says for the device, nor what a controller said."""
-    event = message.event
-    return not (message.retained or event is None or message.part == "desired" or _is_will(event))
+    """Telemetry alone: it expires at the broker, and everything else may have waited there for days."""
+    return message.part in TELEMETRY and not message.retained
