@@ -252,14 +252,16 @@ async def test_a_message_that_is_too_long_is_dropped_and_told(
     broker: Broker, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     heard: list[bytes] = []
-    async with publishing(settings_for(broker), tmp_path) as publisher:
-        publisher.on_message(f"{PREFIX}/cmd/req", lambda _, payload, __: heard.append(payload))
-        await _subscribed(broker)
-        await asyncio.to_thread(_send, broker, f"{PREFIX}/cmd/req", b"x" * (MAX_PAYLOAD_BYTES + 1), False)
-        await asyncio.to_thread(_send, broker, f"{PREFIX}/cmd/req", b"short", False)
-        await until(lambda: bool(heard))
-        with pytest.raises(ValueError, match=f"more than {MAX_PAYLOAD_BYTES}"):
-            publisher.publish_event("edgellm/x", fleet_pb2.Event(source="x" * MAX_PAYLOAD_BYTES))
+    with listening(broker, f"{PREFIX}/state") as listener:
+        async with publishing(settings_for(broker), tmp_path) as publisher:
+            publisher.on_message(f"{PREFIX}/cmd/req", lambda _, payload, __: heard.append(payload))
+            # The birth comes after the subscriptions, so whoever hears it knows that they stand.
+            await receive(listener, is_state(online=True))
+            for payload in (b"x" * (MAX_PAYLOAD_BYTES + 1), b"short"):
+                await asyncio.to_thread(_send, broker, f"{PREFIX}/cmd/req", payload, False)
+            await until(lambda: bool(heard))
+            with pytest.raises(ValueError, match=f"more than {MAX_PAYLOAD_BYTES}"):
+                publisher.publish_event("edgellm/x", fleet_pb2.Event(source="x" * MAX_PAYLOAD_BYTES))
     assert heard == [b"short"]
     assert any("mqtt.message_too_long" in record.getMessage() for record in caplog.records)
 
@@ -274,12 +276,13 @@ async def test_a_callback_that_fails_takes_no_other_message_along(
         if len(heard) == 1:
             raise RuntimeError("a mistake")
 
-    async with publishing(settings_for(broker), tmp_path) as publisher:
-        publisher.on_message(f"{PREFIX}/cmd/req", fail_once)
-        await _subscribed(broker)
-        for payload in (b"one", b"two"):
-            await asyncio.to_thread(_send, broker, f"{PREFIX}/cmd/req", payload, False)
-        await until(lambda: len(heard) == 2)
+    with listening(broker, f"{PREFIX}/state") as listener:
+        async with publishing(settings_for(broker), tmp_path) as publisher:
+            publisher.on_message(f"{PREFIX}/cmd/req", fail_once)
+            await receive(listener, is_state(online=True))
+            for payload in (b"one", b"two"):
+                await asyncio.to_thread(_send, broker, f"{PREFIX}/cmd/req", payload, False)
+            await until(lambda: len(heard) == 2)
     assert [record.getMessage() for record in caplog.records if record.exc_info] == [
         f"mqtt.message_failed topic={PREFIX}/cmd/req"
     ]
@@ -318,12 +321,6 @@ def test_a_password_or_tls_file_that_cannot_be_used_is_told_at_once(
 def _publisher(settings: MqttSettings, state_dir: Path) -> MqttPublisher:
     sampler = Sampler(SysfsSource(state_dir))
     return MqttPublisher(settings, sampler, device="jetson-01", state_dir=state_dir, agent_version="0.1.0")
-
-
-async def _subscribed(broker: Broker) -> None:
-    """The birth comes after the subscriptions, so whoever hears it knows that they stand."""
-    with listening(broker, f"{PREFIX}/state") as listener:
-        await receive(listener, is_state(online=True))
 
 
 def _send(broker: Broker, topic: str, payload: bytes, retain: bool) -> None:
