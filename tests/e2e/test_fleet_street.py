@@ -196,8 +196,13 @@ def test_a_device_that_was_away_fetches_activates_and_reports_what_was_desired_m
         assert client.info().active_engine == digest(street.tiny)
         with client.generate("Hello", max_tokens=4) as answer:
             assert "".join(chunk.text for chunk in answer) == answer.completion.text
-    steps = [event["engine"]["what"] for event in street.history() if "engine" in event]
-    assert steps[-2:] == ["FETCHED", "ACTIVATED"]
+
+    def steps() -> bool:
+        # Events go by way of the outbox: they may come after the report.
+        told = [event["engine"]["what"] for event in street.history() if "engine" in event]
+        return told[-2:] == ["FETCHED", "ACTIVATED"]
+
+    wait_for(steps, "the steps to it", DEADLINE_S)
     assert all(name.startswith(f"/{street.tiny.path.name}/blobs/sha256/") for name in street.files.sent)
 
 
@@ -246,5 +251,5 @@ def test_a_board_that_heats_up_shows_in_the_history_in_the_status_and_in_top(con
     assert hot["now"]["reasons"] == ["temperature"]
     assert 0 < hot["margin_celsius"] <= 5
     # It is left 120 s after it was not needed any more.
-    assert "HOT: temperature" in converged.cli.run("fleet", "status")
+    wait_for(lambda: "HOT: temperature" in converged.cli.run("fleet", "status"), "its telemetry", DEADLINE_S)
     assert "HOT" in converged.cli.run("top", "--device", DEVICE, "--once")
