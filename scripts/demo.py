@@ -54,9 +54,10 @@ def main() -> None:
             push(target)
             completion = chat(client)
             show_telemetry(heard, broker)
+        first_run = heard.latest_run()
         # It finds its engine again by itself.
         with running_agent(Path(scratch), broker, excerpt(Path(scratch))) as target, Client(target) as client:
-            board = heat_up(target, heard, run=2)
+            board = heat_up(target, heard, first_run)
             closing_table(arguments.model, bundle, client, completion, board)
 
 

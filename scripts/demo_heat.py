@@ -103,8 +103,8 @@ def excerpt(folder: Path) -> str:
     return f'telemetry_source = "replay:{path}?speed={SPEED}"'
 
 
-def heat_up(target: str, heard: Heard, run: int) -> Board:
-    """Shows what the board, the governor and the engine do in this run of the agent, until it recovers."""
+def heat_up(target: str, heard: Heard, after_run: int) -> Board:
+    """Shows what the board, the governor and the engine do after that run of the agent, until it recovers."""
     step(f"Heat: {CLIENTS} clients ask without a pause, and a replayed board gets hot")
     console.print(
         "The agent was started again and plays a recording back: an Orin Nano's heat and power, computed,\n"
@@ -115,7 +115,7 @@ def heat_up(target: str, heard: Heard, run: int) -> Board:
     board, next_row_s = Board(), 0.0
     with contextlib.ExitStack() as stack:
         refused: list[RemoteError] | None = None
-        for event in heard.events(run, DEADLINE_S):
+        for event in heard.events(after_run, DEADLINE_S):
             if event.HasField("governor"):
                 console.print(f"  evt/throttle {_told(event.governor)}", style="yellow")
             if not event.HasField("telemetry") or not board.take(event.telemetry):

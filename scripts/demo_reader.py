@@ -36,13 +36,18 @@ class Heard:
             self.news.notify_all()
         self._queue.put(decode(payload))
 
-    def events(self, run: int, within_s: float) -> Iterator[fleet_pb2.Event]:
-        """Events of that start of the agent, in the order in which they came; ends after so many seconds."""
+    def latest_run(self) -> int:
+        """Number of the agent's start that was heard last."""
+        with self.news:
+            return max(decode(payload).run for payload in self.by_topic.values())
+
+    def events(self, after_run: int, within_s: float) -> Iterator[fleet_pb2.Event]:
+        """Events of later starts of the agent, in the order of their coming, for so many seconds."""
         until = time.monotonic() + within_s
         with contextlib.suppress(queue.Empty):
             while (left_s := until - time.monotonic()) > 0:
                 event = self._queue.get(timeout=left_s)
-                if event.run == run:
+                if event.run > after_run:
                     yield event
 
     def runtime(self) -> telemetry_pb2.Telemetry:
