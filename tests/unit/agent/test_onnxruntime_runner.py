@@ -27,11 +27,11 @@ from edgellm_buildhost.checkpoint import open_checkpoint
 from edgellm_buildhost.recipe import KvName, PrecisionName
 from tests.support.tiny_models import make_tiny_hf
 
-# Products in float32: only the order of additions differs between shapes of a step.
-FLOAT_TOLERANCE = 1e-4
-# Where 8 bits hold activations or the cache, a difference in the last digit may become one rounding step. The
-# logits of this model spread by 8: a wrong position or mask moves them by that much.
-INTEGER_TOLERANCE = 0.1
+# The order of additions differs between shapes of a step; products in float32 show no more of it than this.
+TOLERANCE = 1e-4
+# Where 8 bits hold activations or the cache, that digit may become a rounding step: of any size, but seldom.
+# Measured: one row in 5,000, moved by 0.35 where logits spread by 8. A wrong mask or position moves every row.
+AGREEING_ROWS = 0.9
 
 VOCAB = 300
 SLOTS = 6
@@ -90,19 +90,29 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Engine:
     directory: Path
     config: EngineConfig
-    tolerance: float
+
+    @property
+    def rounds(self) -> bool:
+        """Whether activations or the cache are rounded to 8 bits on the way."""
+        return self.config.kv_item_bytes == 1 or "int8" in self.config.precision.activations
+
+    def assert_same(self, actual: NDArray[np.float32], expected: NDArray[np.float32]) -> None:
+        """Rows of logits `[rows, vocab]` agree, up to what rounding makes of the order of additions."""
+        assert actual.shape == expected.shape
+        agreeing = np.abs(actual - expected).max(axis=1) <= TOLERANCE
+        assert agreeing.mean() >= (AGREEING_ROWS if self.rounds else 1), np.flatnonzero(~agreeing)
 
 
 ENGINES = [
-    pytest.param((KvName.FLOAT32, 0, FLOAT_TOLERANCE), id="float products"),
-    pytest.param((KvName.FLOAT32, 4, INTEGER_TOLERANCE), id="integer products"),
-    pytest.param((KvName.INT8, 4, INTEGER_TOLERANCE), id="integer cache", marks=only_ragged),
+    pytest.param((KvName.FLOAT32, 0), id="float products"),
+    pytest.param((KvName.FLOAT32, 4), id="integer products"),
+    pytest.param((KvName.INT8, 4), id="integer cache", marks=only_ragged),
 ]
 
 
 @pytest.fixture(scope="module", params=ENGINES)
 def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, source: Path) -> Engine:
-    kv, accuracy_level, tolerance = request.param
+    kv, accuracy_level = request.param
     directory = tmp_path_factory.mktemp("engine")
     config = build_engine(
         open_checkpoint(source),
@@ -112,7 +122,7 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         kv=kv,
         accuracy_level=accuracy_level,
     )
-    return Engine(directory, config, tolerance)
+    return Engine(directory, config)
 
 
 @pytest.fixture(scope="module")
@@ -130,22 +140,22 @@ def batches(draw: st.DrawFn) -> list[tuple[int, list[int]]]:
     return [(past, draw(st.lists(token, min_size=past + q, max_size=past + q))) for past, q in rows]
 
 
-@settings(max_examples=40, deadline=None)
-@given(batch=batches())
+@settings(max_examples=8, deadline=None)
+@given(steps=st.lists(batches(), min_size=10, max_size=10))
 def test_rows_of_one_step_get_the_logits_of_their_own_run_alone(
-    engine: Engine, loaded: Loaded, batch: list[tuple[int, list[int]]]
+    engine: Engine, loaded: Loaded, steps: list[list[tuple[int, list[int]]]]
 ) -> None:
-    alone = []
-    for slot, (past, tokens) in enumerate(batch):
-        loaded.feed(slot, tokens[:past])
-        alone.append(loaded.feed(slot, tokens[past:], past))
-    together = loaded.step(
-        [
+    alone, together = [], []
+    for batch in steps:
+        for slot, (past, tokens) in enumerate(batch):
+            loaded.feed(slot, tokens[:past])
+            alone.append(loaded.feed(slot, tokens[past:], past))
+        rows = [
             Row(slot, tokens[past:], past, tuple(range(len(tokens) - past)))
             for slot, (past, tokens) in enumerate(batch)
         ]
-    )
-    np.testing.assert_allclose(together, np.concatenate(alone), atol=engine.tolerance)
+        together.append(loaded.step(rows))
+    engine.assert_same(np.concatenate(together), np.concatenate(alone))
 
 
 @only_ragged
@@ -171,7 +181,7 @@ def test_a_row_at_the_end_of_its_slot_shares_a_step_with_a_long_one(engine: Engi
     alone = [loaded.feed(0, tokens[-1:], CAPACITY - 1), loaded.feed(1, tokens[:30])]
     rows = [Row(0, tokens[-1:], CAPACITY - 1, (0,)), Row(1, tokens[:30], 0, tuple(range(30)))]
     together = loaded.step(rows)
-    np.testing.assert_allclose(together, np.concatenate(alone), atol=engine.tolerance)
+    engine.assert_same(together, np.concatenate(alone))
 
 
 def test_a_step_returns_the_wanted_positions_of_all_rows_in_order(engine: Engine, loaded: Loaded) -> None:
@@ -181,7 +191,7 @@ def test_a_step_returns_the_wanted_positions_of_all_rows_in_order(engine: Engine
         second = loaded.feed(1, [9, 2, 6])
         rows = [Row(0, [3, 1, 4, 1, 5], 0, (2,)), Row(1, [9, 2, 6], 0, (0, 2))]
         expected = np.stack([first[2], second[0], second[2]])
-        np.testing.assert_allclose(loaded.step(rows), expected, atol=engine.tolerance)
+        engine.assert_same(loaded.step(rows), expected)
 
 
 def test_equal_steps_give_equal_bits_whatever_ran_in_between(loaded: Loaded) -> None:
@@ -205,7 +215,7 @@ def test_rows_of_several_tokens_run_together_only_where_the_runner_says_so(
         with pytest.raises(ValueError, match="alone"):
             portable.step([Row(0, (1, 2), 0, ()), Row(1, (3,), 0, (0,))])
         tokens = range(30, 42)
-        np.testing.assert_allclose(portable.feed(0, tokens), loaded.feed(0, tokens), atol=engine.tolerance)
+        engine.assert_same(portable.feed(0, tokens), loaded.feed(0, tokens))
 
 
 def test_rows_that_are_not_neighbours_are_refused(loaded: Loaded) -> None:
