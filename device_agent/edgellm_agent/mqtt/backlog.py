@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 import math
-import sqlite3
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -163,7 +162,7 @@ class Backlog:
         self._telemetry_bytes = 0
         try:
             dropped = await self._on_disk(lambda: self._outbox.add([*events.values(), *telemetry]))
-        except sqlite3.Error:
+        except Exception:
             # Old telemetry is not worth the memory that a disk without end to its trouble would ask for.
             self._dropped += len(telemetry)
             raise
@@ -182,7 +181,7 @@ class Backlog:
         gone, self._gone = self._gone, set()
         try:
             await self._on_disk(lambda: self._outbox.delete(gone))
-        except sqlite3.Error:
+        except Exception:
             # Sent again, too, if the agent ends before it succeeds.
             self._gone |= gone
             raise
@@ -216,10 +215,10 @@ class Backlog:
         """Let a disk that fails be told and tried again, not end the task."""
         try:
             yield
-        except sqlite3.Error as error:
+        except Exception as error:  # noqa: BLE001 - SQLite's, or that no thread can be had
             self._fails(error)
 
-    def _fails(self, error: sqlite3.Error) -> None:
+    def _fails(self, error: Exception) -> None:
         if not self._failing:
             self._failing = True
             log.error("mqtt.outbox_fails error=%s", error)

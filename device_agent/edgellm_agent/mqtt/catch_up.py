@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 
@@ -16,6 +15,7 @@ log = logging.getLogger(__name__)
 
 # Not acknowledged yet. Brokers promise room for no more than 20 by default, and live telemetry wants some.
 _WINDOW = 8
+_RETRY_S = 5.0
 
 
 class CatchUp:
@@ -83,15 +83,20 @@ class CatchUp:
         task, self._task = self._task, None
         if task is not None:
             task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+            await asyncio.gather(task, return_exceptions=True)
 
     async def _run(self) -> None:
-        while True:
+        # The field is asked too: before Python 3.12, `wait_for` can swallow a cancellation.
+        while self._task is not None:
             await self._news.wait()
             self._news.clear()
-            while self._connected and await self._send_some():
-                pass
+            try:
+                while self._connected and await self._send_some():
+                    pass
+            except Exception:  # whatever it is (no memory, say), the next try may find it gone
+                log.exception("mqtt.catch_up_failed")
+                await self._sleep(_RETRY_S)
+                self._news.set()
 
     async def _send_some(self) -> bool:
         """Send one batch; False when there is nothing left, or no connection."""
@@ -131,9 +136,13 @@ class CatchUp:
             elif answer is not Answer.REFUSED:
                 self._backlog.forget(stored.key)
                 if message.is_event:
-                    self._unheard.heard(stored.key)
+                    self._unheard.heard(stored)
 
         self._in_flight.add(stored.key)
-        return self._publish(
-            Publication(message.topic, message.payload, correlation_data=message.correlation_data), done
-        )
+        publication = Publication(message.topic, message.payload, correlation_data=message.correlation_data)
+        try:
+            return self._publish(publication, done)
+        except Exception:  # a message that cannot be sent is as good as refused, and holds no other back
+            log.exception("mqtt.not_sent topic=%s", message.topic)
+            self._in_flight.discard(stored.key)
+            return True

@@ -153,8 +153,7 @@ class MqttPublisher:
         """
         if self._task is not None:
             self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+            await asyncio.gather(self._task, return_exceptions=True)
             self._task = None
         await self._say_goodbye(deadline_s)
         await self._catch_up.close()

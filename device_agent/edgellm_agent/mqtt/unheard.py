@@ -16,7 +16,7 @@ _MAX_EVENTS = 1000
 
 
 class Unheard:
-    """Holds such events, and asks with the oldest one, less and less often, whether somebody listens now.
+    """Holds such events, and asks with each topic's oldest, less and less often, whether somebody listens now.
 
     Args:
         send: Queues events to be sent again.
@@ -43,14 +43,18 @@ class Unheard:
             self._timer = asyncio.get_running_loop().call_later(self._pause_s, self._ask)
             self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
 
-    def heard(self, key: int) -> None:
-        """Somebody listens: whoever hears one event shall have the others."""
-        self._events.pop(key, None)
-        self._pause_s = _FIRST_PAUSE_S
-        events, self._events = list(self._events.values()), {}
-        self._stop()
-        if events:
-            self._send(events)
+    def heard(self, stored: Stored) -> None:
+        """Somebody listens to this topic: whoever hears one of its events shall have the others."""
+        topic = stored.message.topic
+        events = [event for event in self._events.values() if event.message.topic == topic]
+        for event in events:
+            del self._events[event.key]
+        others = [event for event in events if event.key != stored.key]
+        if not self._events:
+            self._pause_s = _FIRST_PAUSE_S
+            self._stop()
+        if others:
+            self._send(others)
 
     def clear(self) -> None:
         """Another connection begins with everything anyway, or there is none any more."""
@@ -60,9 +64,11 @@ class Unheard:
 
     def _ask(self) -> None:
         self._timer = None
-        oldest = next(iter(self._events.values()), None)
-        if oldest is not None:
-            self._send([oldest])
+        oldest: dict[str, Stored] = {}
+        for event in self._events.values():
+            oldest.setdefault(event.message.topic, event)
+        if oldest:
+            self._send([*oldest.values()])
 
     def _stop(self) -> None:
         if self._timer is not None:

@@ -216,6 +216,10 @@ class Receiver:
                     self._commit(store, batch)
                 if time.monotonic() >= prune_at:
                     prune_at = time.monotonic() + self._prune(store)
+        except Exception as error:
+            # What was not acknowledged stays with the broker; who looks on must not take silence for calm.
+            log.exception("fleet.recording_ended")
+            self.trouble = f"the recording has ended: {type(error).__name__}; start it again"
         finally:
             store.close()
 

@@ -19,10 +19,10 @@ from tests.support import virtual_time
 class Shelf:
     """A backlog in memory, with the same three calls."""
 
-    def __init__(self, events: int, telemetry: int) -> None:
+    def __init__(self, events: int, telemetry: int, topic: str | None = None) -> None:
         kinds = [True] * events + [False] * telemetry
         self.stored = [
-            Stored(key, Message(f"{'evt' if is_event else 'tele'}/{key}", b"", is_event, 0))
+            Stored(key, Message(topic or f"{'evt' if is_event else 'tele'}/{key}", b"%d" % key, is_event, 0))
             for key, is_event in enumerate(kinds, start=1)
         ]
         self._taken = 0
@@ -48,16 +48,22 @@ class Wire:
 
     def __init__(self, answer: Callable[[Done], None] = lambda done: done(Answer.TAKEN)) -> None:
         self.sent: list[tuple[float, str]] = []
+        self.keys: list[int] = []
         self.waiting: list[Done] = []
         self.up = True
+        self.broken = 0
         self._answer = answer
 
     def publish(self, message: Publication, done: Done) -> bool:
+        if self.broken:
+            self.broken -= 1
+            raise RuntimeError("a mistake")
         assert (message.qos, message.retain, message.expiry_s) == (1, False, None)
         if not self.up:
             return False
         loop = asyncio.get_running_loop()
         self.sent.append((loop.time(), message.topic))
+        self.keys.append(int(message.payload or b"0"))
         self.waiting.append(done)
         loop.call_soon(self._answer, done)
         return True
@@ -183,19 +189,19 @@ def test_a_thousand_boards_do_not_dial_at_once() -> None:
 
 def test_events_that_nobody_hears_are_kept_and_sent_again_when_somebody_listens() -> None:
     async def main() -> None:
-        shelf, wire = Shelf(events=5, telemetry=2), Wire(lambda done: done(Answer.UNHEARD))
+        shelf, wire = Shelf(events=5, telemetry=2, topic="evt"), Wire(lambda done: done(Answer.UNHEARD))
         catch_up = catching_up(shelf, wire)
         catch_up.start()
         catch_up.connected()
         await asyncio.sleep(600)
         # Telemetry is for whoever is there; of the events only the first one asks, less and less often.
         assert [entry.message.is_event for entry in shelf.stored] == [True] * 5
-        assert wire.topics[7:] == ["evt/1"] * (len(wire.topics) - 7)
-        assert 5 <= len(wire.topics) - 7 <= 8
+        assert set(wire.keys[7:]) == {1}
+        assert 5 <= len(wire.keys) - 7 <= 8
         wire._answer = lambda done: done(Answer.TAKEN)
         await asyncio.sleep(700)
         assert shelf.stored == []
-        assert wire.topics[-5:] == ["evt/1", "evt/2", "evt/3", "evt/4", "evt/5"]
+        assert wire.keys[-5:] == [1, 2, 3, 4, 5]
         await catch_up.close()
 
     virtual_time.run(main())
@@ -209,6 +215,70 @@ def test_of_events_that_nobody_ever_hears_the_newest_thousand_are_kept() -> None
         catch_up.connected()
         await asyncio.sleep(60)
         assert [entry.key for entry in shelf.stored] == list(range(101, 1101))
+        await catch_up.close()
+
+    virtual_time.run(main())
+
+
+def test_what_nobody_hears_on_one_topic_is_sent_again_only_for_that_topic() -> None:
+    async def main() -> None:
+        def answer(done: Done) -> None:
+            topic = wire.topics[wire.waiting.index(done)]
+            done(Answer.UNHEARD if topic in unheard else Answer.TAKEN)
+
+        unheard = {"evt/1", "evt/2"}
+        shelf, wire = Shelf(events=2, telemetry=0), Wire(answer)
+        catch_up = catching_up(shelf, wire)
+        catch_up.start()
+        catch_up.connected()
+        await asyncio.sleep(1)
+        # Each topic asks for itself: nobody wants the first one, ever.
+        unheard.remove("evt/2")
+        await asyncio.sleep(30)
+        assert [entry.key for entry in shelf.stored] == [1]
+        sent = len(wire.topics)
+        shelf.stored.append(Stored(3, Message("evt/2", b"", True, 0)))
+        catch_up.wake()
+        await asyncio.sleep(1)
+        assert wire.topics[sent:] == ["evt/2"]
+        await catch_up.close()
+
+    virtual_time.run(main())
+
+
+def test_a_message_that_cannot_be_sent_holds_no_other_back() -> None:
+    async def main() -> None:
+        shelf, wire = Shelf(events=3, telemetry=1), Wire()
+        wire.broken = 1
+        catch_up = catching_up(shelf, wire)
+        catch_up.start()
+        catch_up.connected()
+        await asyncio.sleep(60)
+        assert [entry.key for entry in shelf.stored] == [1]
+        catch_up.connected()
+        await asyncio.sleep(60)
+        assert shelf.stored == []
+        await catch_up.close()
+
+    virtual_time.run(main())
+
+
+def test_a_backlog_that_fails_once_does_not_end_the_sending() -> None:
+    async def main() -> None:
+        shelf, wire = Shelf(events=1, telemetry=0), Wire()
+        take, failures = shelf.take, [RuntimeError("no thread can be had")]
+
+        async def fail_once(limit: int) -> list[Stored]:
+            if failures:
+                raise failures.pop()
+            return await take(limit)
+
+        shelf.take = fail_once  # type: ignore[method-assign]
+        catch_up = catching_up(shelf, wire)
+        catch_up.start()
+        catch_up.connected()
+        await asyncio.sleep(60)
+        assert shelf.stored == []
         await catch_up.close()
 
     virtual_time.run(main())
