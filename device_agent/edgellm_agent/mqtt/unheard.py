@@ -16,7 +16,7 @@ _MAX_EVENTS = 1000
 
 
 class Unheard:
-    """Holds such events, and asks with each topic's oldest, less and less often, whether somebody listens now.
+    """Holds such events, and asks with each topic's oldest, ever less often, whether somebody listens now.
 
     Args:
         send: Queues events to be sent again.

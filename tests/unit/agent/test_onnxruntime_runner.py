@@ -30,7 +30,7 @@ from tests.support.tiny_models import make_tiny_hf
 # The order of additions differs between shapes of a step; products in float32 show no more of it than this.
 TOLERANCE = 1e-4
 # Where 8 bits hold activations or the cache, that digit may become a rounding step: of any size, but seldom.
-# Measured: one row in 5,000, moved by 0.35 where logits spread by 8. A wrong mask or position moves every row.
+# Measured: one row in 5,000, moved by 0.35 where logits spread by 8. A wrong mask or position moves all.
 AGREEING_ROWS = 0.9
 
 VOCAB = 300
