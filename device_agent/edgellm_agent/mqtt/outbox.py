@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgellm.sqlite import transaction
+
 log = logging.getLogger(__name__)
 
 _VERSION = 1
@@ -195,14 +197,8 @@ class Outbox:
 @contextlib.contextmanager
 def _transaction(db: sqlite3.Connection, *, synced: bool) -> Iterator[None]:
     db.execute(f"PRAGMA synchronous = {'FULL' if synced else 'NORMAL'}")
-    db.execute("BEGIN IMMEDIATE")
-    try:
+    with transaction(db):
         yield
-        db.execute("COMMIT")
-    except BaseException:
-        with contextlib.suppress(sqlite3.Error):  # SQLite may have rolled back already
-            db.execute("ROLLBACK")
-        raise
 
 
 def _make_room(db: sqlite3.Connection, needed_bytes: int) -> tuple[int, int]:

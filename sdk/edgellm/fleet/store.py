@@ -6,8 +6,7 @@ import sqlite3
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from edgellm import paths
 from edgellm.errors import EdgellmError
 from edgellm.fleet.topics import TELEMETRY
 from edgellm.fleet.validate import Incoming
+from edgellm.sqlite import transaction
 from edgellm.v1 import fleet_pb2
 
 SCHEMA_VERSION = 1
@@ -130,20 +130,6 @@ def _prepare(database: sqlite3.Connection, path: Path) -> None:
                 f"{path} has schema {version}, this version reads {SCHEMA_VERSION}",
                 "use the version of edgellm that wrote it, or name another file with --db",
             )
-
-
-@contextmanager
-def transaction(database: sqlite3.Connection) -> Iterator[None]:
-    """All or nothing; takes the file's write lock at once, so that two writers wait instead of failing."""
-    database.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-        database.execute("COMMIT")
-    except BaseException:
-        # SQLite may have rolled back already; a commit that failed has not, and would block the next one.
-        if database.in_transaction:
-            database.execute("ROLLBACK")
-        raise
 
 
 class Store:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from edgellm.errors import EdgellmError
 from edgellm.fleet.queries import DeviceView, FleetReader
-from edgellm.fleet.store import Reject, Retention, Store, transaction
+from edgellm.fleet.store import Reject, Retention, Store
 from edgellm.fleet.topics import DeviceTopics, envelope, state_event, telemetry_events
 from edgellm.fleet.validate import Incoming
 from edgellm.v1 import fleet_pb2
@@ -266,17 +266,3 @@ def test_two_stores_on_one_file_count_an_event_once(store: Store, path: Path):
     with closing(Store(path)) as second:
         assert second.id == store.id
         assert len(store.record([crash(1)])) + len(second.record([crash(1)])) == 1
-
-
-def test_a_commit_that_fails_does_not_block_the_next_one(tmp_path):
-    database = sqlite3.connect(tmp_path / "any.db", isolation_level=None)
-    database.execute("PRAGMA foreign_keys = ON")
-    database.execute("CREATE TABLE t (id INTEGER, up REFERENCES u (id) DEFERRABLE INITIALLY DEFERRED)")
-    database.execute("CREATE TABLE u (id INTEGER PRIMARY KEY)")
-    # Deferred: it is the commit itself that fails, and SQLite leaves the transaction open then.
-    with pytest.raises(sqlite3.IntegrityError), transaction(database):
-        database.execute("INSERT INTO t VALUES (1, 2)")
-    with transaction(database):
-        database.execute("INSERT INTO t VALUES (3, NULL)")
-    assert database.execute("SELECT id FROM t").fetchall() == [(3,)]
-    database.close()
