@@ -267,3 +267,112 @@ class LogLine(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["level", b"level", "logger", b"logger", "text", b"text", "time", b"time"]) -> None: ...
 
 global___LogLine = LogLine
+
+@typing.final
+class WhoAmIRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___WhoAmIRequest = WhoAmIRequest
+
+@typing.final
+class WhoAmIResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CALLER_FIELD_NUMBER: builtins.int
+    ROLE_FIELD_NUMBER: builtins.int
+    caller: builtins.str
+    """For example "uid 1000" or "certificate alice"."""
+    role: builtins.str
+    """"viewer", "app", "operator" or "admin"."""
+    def __init__(
+        self,
+        *,
+        caller: builtins.str = ...,
+        role: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["caller", b"caller", "role", b"role"]) -> None: ...
+
+global___WhoAmIResponse = WhoAmIResponse
+
+@typing.final
+class ReadAuditRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LIMIT_FIELD_NUMBER: builtins.int
+    limit: builtins.int
+    """At most so many; 0 means 100."""
+    def __init__(
+        self,
+        *,
+        limit: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["limit", b"limit"]) -> None: ...
+
+global___ReadAuditRequest = ReadAuditRequest
+
+@typing.final
+class ReadAuditResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RECORD_FIELD_NUMBER: builtins.int
+    @property
+    def record(self) -> global___AuditRecord: ...
+    def __init__(
+        self,
+        *,
+        record: global___AuditRecord | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["record", b"record"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["record", b"record"]) -> None: ...
+
+global___ReadAuditResponse = ReadAuditResponse
+
+@typing.final
+class AuditRecord(google.protobuf.message.Message):
+    """Records form a chain: each names the hash of the one before it."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SEQUENCE_FIELD_NUMBER: builtins.int
+    TIME_FIELD_NUMBER: builtins.int
+    CALLER_FIELD_NUMBER: builtins.int
+    ROLE_FIELD_NUMBER: builtins.int
+    METHOD_FIELD_NUMBER: builtins.int
+    SUBJECT_FIELD_NUMBER: builtins.int
+    OUTCOME_FIELD_NUMBER: builtins.int
+    PREVIOUS_FIELD_NUMBER: builtins.int
+    sequence: builtins.int
+    caller: builtins.str
+    role: builtins.str
+    method: builtins.str
+    """For example "EngineService/Activate"."""
+    subject: builtins.str
+    """For example the engine's digest."""
+    outcome: builtins.str
+    """"OK", or the gRPC status that the call ended with."""
+    previous: builtins.str
+    """SHA-256 of the record before it, hex."""
+    @property
+    def time(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """Wall clock of the device, which may have been wrong."""
+
+    def __init__(
+        self,
+        *,
+        sequence: builtins.int = ...,
+        time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        caller: builtins.str = ...,
+        role: builtins.str = ...,
+        method: builtins.str = ...,
+        subject: builtins.str = ...,
+        outcome: builtins.str = ...,
+        previous: builtins.str = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["time", b"time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["caller", b"caller", "method", b"method", "outcome", b"outcome", "previous", b"previous", "role", b"role", "sequence", b"sequence", "subject", b"subject", "time", b"time"]) -> None: ...
+
+global___AuditRecord = AuditRecord

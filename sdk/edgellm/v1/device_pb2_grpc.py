@@ -34,6 +34,16 @@ class DeviceServiceStub(object):
                 request_serializer=edgellm_dot_v1_dot_device__pb2.WatchLogsRequest.SerializeToString,
                 response_deserializer=edgellm_dot_v1_dot_device__pb2.WatchLogsResponse.FromString,
                 )
+        self.WhoAmI = channel.unary_unary(
+                '/edgellm.v1.DeviceService/WhoAmI',
+                request_serializer=edgellm_dot_v1_dot_device__pb2.WhoAmIRequest.SerializeToString,
+                response_deserializer=edgellm_dot_v1_dot_device__pb2.WhoAmIResponse.FromString,
+                )
+        self.ReadAudit = channel.unary_stream(
+                '/edgellm.v1.DeviceService/ReadAudit',
+                request_serializer=edgellm_dot_v1_dot_device__pb2.ReadAuditRequest.SerializeToString,
+                response_deserializer=edgellm_dot_v1_dot_device__pb2.ReadAuditResponse.FromString,
+                )
 
 
 class DeviceServiceServicer(object):
@@ -66,6 +76,20 @@ class DeviceServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WhoAmI(self, request, context):
+        """Who the caller is to this device.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReadAudit(self, request, context):
+        """The last records of who changed what, or was refused, oldest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_DeviceServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -88,6 +112,16 @@ def add_DeviceServiceServicer_to_server(servicer, server):
                     servicer.WatchLogs,
                     request_deserializer=edgellm_dot_v1_dot_device__pb2.WatchLogsRequest.FromString,
                     response_serializer=edgellm_dot_v1_dot_device__pb2.WatchLogsResponse.SerializeToString,
+            ),
+            'WhoAmI': grpc.unary_unary_rpc_method_handler(
+                    servicer.WhoAmI,
+                    request_deserializer=edgellm_dot_v1_dot_device__pb2.WhoAmIRequest.FromString,
+                    response_serializer=edgellm_dot_v1_dot_device__pb2.WhoAmIResponse.SerializeToString,
+            ),
+            'ReadAudit': grpc.unary_stream_rpc_method_handler(
+                    servicer.ReadAudit,
+                    request_deserializer=edgellm_dot_v1_dot_device__pb2.ReadAuditRequest.FromString,
+                    response_serializer=edgellm_dot_v1_dot_device__pb2.ReadAuditResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -164,5 +198,39 @@ class DeviceService(object):
         return grpc.experimental.unary_stream(request, target, '/edgellm.v1.DeviceService/WatchLogs',
             edgellm_dot_v1_dot_device__pb2.WatchLogsRequest.SerializeToString,
             edgellm_dot_v1_dot_device__pb2.WatchLogsResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def WhoAmI(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/edgellm.v1.DeviceService/WhoAmI',
+            edgellm_dot_v1_dot_device__pb2.WhoAmIRequest.SerializeToString,
+            edgellm_dot_v1_dot_device__pb2.WhoAmIResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def ReadAudit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(request, target, '/edgellm.v1.DeviceService/ReadAudit',
+            edgellm_dot_v1_dot_device__pb2.ReadAuditRequest.SerializeToString,
+            edgellm_dot_v1_dot_device__pb2.ReadAuditResponse.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)

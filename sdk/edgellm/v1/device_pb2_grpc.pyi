@@ -42,6 +42,18 @@ class DeviceServiceStub:
     ]
     """The last lines of the agent's log, its worker's included, and with `follow` each new one until the client goes away."""
 
+    WhoAmI: grpc.UnaryUnaryMultiCallable[
+        edgellm.v1.device_pb2.WhoAmIRequest,
+        edgellm.v1.device_pb2.WhoAmIResponse,
+    ]
+    """Who the caller is to this device."""
+
+    ReadAudit: grpc.UnaryStreamMultiCallable[
+        edgellm.v1.device_pb2.ReadAuditRequest,
+        edgellm.v1.device_pb2.ReadAuditResponse,
+    ]
+    """The last records of who changed what, or was refused, oldest first."""
+
 class DeviceServiceAsyncStub:
     GetInfo: grpc.aio.UnaryUnaryMultiCallable[
         edgellm.v1.device_pb2.GetInfoRequest,
@@ -65,6 +77,18 @@ class DeviceServiceAsyncStub:
         edgellm.v1.device_pb2.WatchLogsResponse,
     ]
     """The last lines of the agent's log, its worker's included, and with `follow` each new one until the client goes away."""
+
+    WhoAmI: grpc.aio.UnaryUnaryMultiCallable[
+        edgellm.v1.device_pb2.WhoAmIRequest,
+        edgellm.v1.device_pb2.WhoAmIResponse,
+    ]
+    """Who the caller is to this device."""
+
+    ReadAudit: grpc.aio.UnaryStreamMultiCallable[
+        edgellm.v1.device_pb2.ReadAuditRequest,
+        edgellm.v1.device_pb2.ReadAuditResponse,
+    ]
+    """The last records of who changed what, or was refused, oldest first."""
 
 class DeviceServiceServicer(metaclass=abc.ABCMeta):
     @abc.abstractmethod
@@ -97,5 +121,21 @@ class DeviceServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[edgellm.v1.device_pb2.WatchLogsResponse], collections.abc.AsyncIterator[edgellm.v1.device_pb2.WatchLogsResponse]]:
         """The last lines of the agent's log, its worker's included, and with `follow` each new one until the client goes away."""
+
+    @abc.abstractmethod
+    def WhoAmI(
+        self,
+        request: edgellm.v1.device_pb2.WhoAmIRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[edgellm.v1.device_pb2.WhoAmIResponse, collections.abc.Awaitable[edgellm.v1.device_pb2.WhoAmIResponse]]:
+        """Who the caller is to this device."""
+
+    @abc.abstractmethod
+    def ReadAudit(
+        self,
+        request: edgellm.v1.device_pb2.ReadAuditRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[edgellm.v1.device_pb2.ReadAuditResponse], collections.abc.AsyncIterator[edgellm.v1.device_pb2.ReadAuditResponse]]:
+        """The last records of who changed what, or was refused, oldest first."""
 
 def add_DeviceServiceServicer_to_server(servicer: DeviceServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

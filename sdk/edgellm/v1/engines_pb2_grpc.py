@@ -36,10 +36,25 @@ class EngineServiceStub(object):
                 request_serializer=edgellm_dot_v1_dot_engines__pb2.ActivateRequest.SerializeToString,
                 response_deserializer=edgellm_dot_v1_dot_engines__pb2.ActivateResponse.FromString,
                 )
+        self.Deactivate = channel.unary_unary(
+                '/edgellm.v1.EngineService/Deactivate',
+                request_serializer=edgellm_dot_v1_dot_engines__pb2.DeactivateRequest.SerializeToString,
+                response_deserializer=edgellm_dot_v1_dot_engines__pb2.DeactivateResponse.FromString,
+                )
+        self.Rollback = channel.unary_stream(
+                '/edgellm.v1.EngineService/Rollback',
+                request_serializer=edgellm_dot_v1_dot_engines__pb2.RollbackRequest.SerializeToString,
+                response_deserializer=edgellm_dot_v1_dot_engines__pb2.ActivateResponse.FromString,
+                )
         self.ListEngines = channel.unary_unary(
                 '/edgellm.v1.EngineService/ListEngines',
                 request_serializer=edgellm_dot_v1_dot_engines__pb2.ListEnginesRequest.SerializeToString,
                 response_deserializer=edgellm_dot_v1_dot_engines__pb2.ListEnginesResponse.FromString,
+                )
+        self.ListHistory = channel.unary_unary(
+                '/edgellm.v1.EngineService/ListHistory',
+                request_serializer=edgellm_dot_v1_dot_engines__pb2.ListHistoryRequest.SerializeToString,
+                response_deserializer=edgellm_dot_v1_dot_engines__pb2.ListHistoryResponse.FromString,
                 )
         self.RemoveEngine = channel.unary_unary(
                 '/edgellm.v1.EngineService/RemoveEngine',
@@ -51,6 +66,11 @@ class EngineServiceStub(object):
                 request_serializer=edgellm_dot_v1_dot_engines__pb2.PinEngineRequest.SerializeToString,
                 response_deserializer=edgellm_dot_v1_dot_engines__pb2.PinEngineResponse.FromString,
                 )
+        self.HoldEngines = channel.unary_stream(
+                '/edgellm.v1.EngineService/HoldEngines',
+                request_serializer=edgellm_dot_v1_dot_engines__pb2.HoldEnginesRequest.SerializeToString,
+                response_deserializer=edgellm_dot_v1_dot_engines__pb2.HoldEnginesResponse.FromString,
+                )
 
 
 class EngineServiceServicer(object):
@@ -59,8 +79,9 @@ class EngineServiceServicer(object):
     """
 
     def Prepare(self, request, context):
-        """Says what is missing. Refuses, before a byte is copied, an engine that this device could never run: FAILED_PRECONDITION
-        for another runtime or target, RESOURCE_EXHAUSTED for one that does not fit in memory or on disk.
+        """Says what is missing, and reserves disk space for it. Refuses, before a byte is copied, an engine that this device could never
+        run: FAILED_PRECONDITION for another runtime or target, or where no trusted key stands for it; RESOURCE_EXHAUSTED for one that
+        does not fit in memory or on disk.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -83,8 +104,23 @@ class EngineServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Activate(self, request, context):
-        """Makes a registered engine the one that answers. The stream tells each phase; it ends after COMMITTED, or with the error
-        that made the device stay with the engine it had.
+        """Makes a registered engine the one that answers. The stream tells each phase. From PROBATION on the engine answers; the stream
+        ends after COMMITTED, or with the error that made the device stay with, or go back to, the engine it had. The activation goes
+        on when the stream is cut.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Deactivate(self, request, context):
+        """Takes an engine that answers beside the default one out of memory; it stays on the disk.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Rollback(self, request, context):
+        """Back to the default engine that was committed before the present one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -92,6 +128,13 @@ class EngineServiceServicer(object):
 
     def ListEngines(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListHistory(self, request, context):
+        """What happened to the engines here, newest first.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -105,6 +148,14 @@ class EngineServiceServicer(object):
 
     def PinEngine(self, request, context):
         """A pinned device keeps its active engine, whatever its fleet desires, until it is unpinned.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def HoldEngines(self, request, context):
+        """While the stream is open, nothing takes a running engine away: an activation waits, if its fleet asks for it, or is refused.
+        One message says that the hold is in force. It ends with the stream, and so with the program that holds.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -133,10 +184,25 @@ def add_EngineServiceServicer_to_server(servicer, server):
                     request_deserializer=edgellm_dot_v1_dot_engines__pb2.ActivateRequest.FromString,
                     response_serializer=edgellm_dot_v1_dot_engines__pb2.ActivateResponse.SerializeToString,
             ),
+            'Deactivate': grpc.unary_unary_rpc_method_handler(
+                    servicer.Deactivate,
+                    request_deserializer=edgellm_dot_v1_dot_engines__pb2.DeactivateRequest.FromString,
+                    response_serializer=edgellm_dot_v1_dot_engines__pb2.DeactivateResponse.SerializeToString,
+            ),
+            'Rollback': grpc.unary_stream_rpc_method_handler(
+                    servicer.Rollback,
+                    request_deserializer=edgellm_dot_v1_dot_engines__pb2.RollbackRequest.FromString,
+                    response_serializer=edgellm_dot_v1_dot_engines__pb2.ActivateResponse.SerializeToString,
+            ),
             'ListEngines': grpc.unary_unary_rpc_method_handler(
                     servicer.ListEngines,
                     request_deserializer=edgellm_dot_v1_dot_engines__pb2.ListEnginesRequest.FromString,
                     response_serializer=edgellm_dot_v1_dot_engines__pb2.ListEnginesResponse.SerializeToString,
+            ),
+            'ListHistory': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListHistory,
+                    request_deserializer=edgellm_dot_v1_dot_engines__pb2.ListHistoryRequest.FromString,
+                    response_serializer=edgellm_dot_v1_dot_engines__pb2.ListHistoryResponse.SerializeToString,
             ),
             'RemoveEngine': grpc.unary_unary_rpc_method_handler(
                     servicer.RemoveEngine,
@@ -147,6 +213,11 @@ def add_EngineServiceServicer_to_server(servicer, server):
                     servicer.PinEngine,
                     request_deserializer=edgellm_dot_v1_dot_engines__pb2.PinEngineRequest.FromString,
                     response_serializer=edgellm_dot_v1_dot_engines__pb2.PinEngineResponse.SerializeToString,
+            ),
+            'HoldEngines': grpc.unary_stream_rpc_method_handler(
+                    servicer.HoldEngines,
+                    request_deserializer=edgellm_dot_v1_dot_engines__pb2.HoldEnginesRequest.FromString,
+                    response_serializer=edgellm_dot_v1_dot_engines__pb2.HoldEnginesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -229,6 +300,40 @@ class EngineService(object):
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
 
     @staticmethod
+    def Deactivate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/edgellm.v1.EngineService/Deactivate',
+            edgellm_dot_v1_dot_engines__pb2.DeactivateRequest.SerializeToString,
+            edgellm_dot_v1_dot_engines__pb2.DeactivateResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def Rollback(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(request, target, '/edgellm.v1.EngineService/Rollback',
+            edgellm_dot_v1_dot_engines__pb2.RollbackRequest.SerializeToString,
+            edgellm_dot_v1_dot_engines__pb2.ActivateResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
     def ListEngines(request,
             target,
             options=(),
@@ -242,6 +347,23 @@ class EngineService(object):
         return grpc.experimental.unary_unary(request, target, '/edgellm.v1.EngineService/ListEngines',
             edgellm_dot_v1_dot_engines__pb2.ListEnginesRequest.SerializeToString,
             edgellm_dot_v1_dot_engines__pb2.ListEnginesResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def ListHistory(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/edgellm.v1.EngineService/ListHistory',
+            edgellm_dot_v1_dot_engines__pb2.ListHistoryRequest.SerializeToString,
+            edgellm_dot_v1_dot_engines__pb2.ListHistoryResponse.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
 
@@ -276,5 +398,22 @@ class EngineService(object):
         return grpc.experimental.unary_unary(request, target, '/edgellm.v1.EngineService/PinEngine',
             edgellm_dot_v1_dot_engines__pb2.PinEngineRequest.SerializeToString,
             edgellm_dot_v1_dot_engines__pb2.PinEngineResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def HoldEngines(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(request, target, '/edgellm.v1.EngineService/HoldEngines',
+            edgellm_dot_v1_dot_engines__pb2.HoldEnginesRequest.SerializeToString,
+            edgellm_dot_v1_dot_engines__pb2.HoldEnginesResponse.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)

@@ -176,8 +176,12 @@ class EngineChanged(google.protobuf.message.Message):
     ORIGIN_FIELD_NUMBER: builtins.int
     GENERATION_FIELD_NUMBER: builtins.int
     ERROR_FIELD_NUMBER: builtins.int
+    ACTOR_FIELD_NUMBER: builtins.int
     what: builtins.str
-    """"PUSHED", "FETCHED", "ACTIVATED", "FAILED", "REFUSED", "REMOVED", "PINNED", "UNPINNED"."""
+    """"PUSHED", "FETCHED", "ACTIVATED" (it answers), "COMMITTED" (it has proven itself), "FAILED" (the device stayed with the engine it
+    had), "ROLLED_BACK" (it went back), "INTERRUPTED" (the agent ended before it could answer), "REFUSED", "DEACTIVATED", "REMOVED",
+    "DAMAGED" (a file on the device's disk was not what it should be, and was dropped), "PINNED", "UNPINNED".
+    """
     engine: builtins.str
     """Manifest digest."""
     previous: builtins.str
@@ -188,6 +192,8 @@ class EngineChanged(google.protobuf.message.Message):
     """Of the desired state that asked for it; 0 if none did."""
     error: builtins.str
     """Why it failed or was refused."""
+    actor: builtins.str
+    """Who asked, for example "uid 1000" or "certificate alice"; empty for the device itself."""
     def __init__(
         self,
         *,
@@ -197,8 +203,9 @@ class EngineChanged(google.protobuf.message.Message):
         origin: builtins.str = ...,
         generation: builtins.int = ...,
         error: builtins.str = ...,
+        actor: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["engine", b"engine", "error", b"error", "generation", b"generation", "origin", b"origin", "previous", b"previous", "what", b"what"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["actor", b"actor", "engine", b"engine", "error", b"error", "generation", b"generation", "origin", b"origin", "previous", b"previous", "what", b"what"]) -> None: ...
 
 global___EngineChanged = EngineChanged
 
@@ -283,7 +290,9 @@ class Reported(google.protobuf.message.Message):
     active_name: builtins.str
     """Name of the active engine."""
     phase: builtins.str
-    """"NONE" (nothing was desired), "FETCHING", "ACTIVATING", "RETRYING", "CONVERGED", "FAILED", "REFUSED", "OVERRIDDEN", "PINNED"."""
+    """"NONE" (nothing was desired), "FETCHING", "ACTIVATING", "PROVING" (it answers, on probation), "RETRYING", "CONVERGED", "FAILED",
+    "REFUSED", "OVERRIDDEN", "PINNED".
+    """
     error: builtins.str
     """Why it is RETRYING, FAILED or REFUSED."""
     overridden: builtins.bool
