@@ -7,6 +7,7 @@ import ssl
 from pathlib import Path
 from typing import Any
 
+from edgellm import tls
 from edgellm_agent.mqtt.settings import MqttTlsSettings
 
 
@@ -23,16 +24,9 @@ def read_password(path: Path | None) -> str | None:
 def load_tls(settings: MqttTlsSettings) -> ssl.SSLContext:
     """A context from the files as they are now; raises ValueError that names those that cannot be used."""
     try:
-        context = ssl.create_default_context(cafile=settings.ca_file)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        if settings.cert_file is not None:
-            # With a password given, OpenSSL does not ask the terminal for that of an encrypted key.
-            context.load_cert_chain(settings.cert_file, settings.key_file, password="")
-    except OSError as error:  # ssl.SSLError is one
-        paths = (settings.ca_file, settings.cert_file, settings.key_file)
-        files = ", ".join(str(path) for path in paths if path is not None)
-        raise ValueError(f"mqtt tls files {files} cannot be used: {error}") from error
-    return context
+        return tls.client_context(settings.ca_file, settings.cert_file, settings.key_file)
+    except ValueError as error:
+        raise ValueError(f"mqtt {error}") from error
 
 
 class RenewedContext(ssl.SSLContext):

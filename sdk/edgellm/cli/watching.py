@@ -90,6 +90,7 @@ class Watch:
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self.devices = [Watched(device.name, device.target) for device in devices]
+        self._ways = list(devices)
         self.settled = asyncio.Event()
         self._interval_s = interval_s
         self._answer_s = answer_s
@@ -99,7 +100,9 @@ class Watch:
 
     async def __aenter__(self) -> Self:
         """Starts to watch."""
-        self._tasks = [asyncio.create_task(self._watch(device)) for device in self.devices]
+        self._tasks = [
+            asyncio.create_task(self._watch(*pair)) for pair in zip(self.devices, self._ways, strict=True)
+        ]
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -109,11 +112,11 @@ class Watch:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _watch(self, device: Watched) -> None:
+    async def _watch(self, device: Watched, way: Device) -> None:
         loop, pause_s = asyncio.get_running_loop(), _FIRST_PAUSE_S
         while not self._closed:
             try:
-                async for record in self._records(device.target):
+                async for record in self._records(way):
                     device.take(record, loop.time())
                     self._note()
                     pause_s = _FIRST_PAUSE_S
@@ -127,9 +130,9 @@ class Watch:
             await self._sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
-    async def _records(self, target: str) -> AsyncIterator[Telemetry]:
+    async def _records(self, way: Device) -> AsyncIterator[Telemetry]:
         # A client of its own for each try: a channel that has failed waits longer and longer by itself.
-        async with AsyncClient(target) as client:
+        async with AsyncClient(way) as client:
             async for record in records(client, self._interval_s, self._answer_s):
                 yield record
 

@@ -24,6 +24,42 @@ _HINTS = {
     "UNIMPLEMENTED": "bring agent and client to the same version",
 }
 _DEFAULT_HINT = "see the agent's log on the device"
+# What gRPC says of a TLS handshake that failed: what it means, and what to do.
+_TLS = (
+    (
+        "Hostname Verification Check failed",
+        "its certificate is another device's",
+        "check the address; the name in its certificate is the device's, or what --server-name says",
+    ),
+    (
+        "certificate has expired",
+        "its certificate has expired",
+        "renew it with `edgellm pki renew` and copy it to the board; are both clocks right?",
+    ),
+    (
+        "certificate is not yet valid",
+        "its certificate is not valid yet",
+        "set the clocks right, the board's and this machine's",
+    ),
+    (
+        "unable to get local issuer certificate",
+        "its certificate is from another authority",
+        "check that ca.pem here is that of the authority which issued the board's certificate",
+    ),
+    (
+        # Older gRPC gives no reason.
+        "CERTIFICATE_VERIFY_FAILED",
+        "its certificate is not trusted",
+        "check ca.pem here, and when the board's certificate expires",
+    ),
+    (
+        "WRONG_VERSION_NUMBER",
+        "it does not speak TLS",
+        "check the port: HOST:PORT is the agent's with certificates; or reach it over ssh://",
+    ),
+)
+# With TLS 1.3 a server that does not want our certificate hangs up after the handshake, and says nothing.
+_HUNG_UP = ("Socket closed", "Connection reset", "Broken pipe")
 
 
 class _FailedCall(Protocol):
@@ -46,11 +82,22 @@ def translate(call: _FailedCall, target: str) -> EdgellmError:
     status = _status(call)
     if code is grpc.StatusCode.UNAVAILABLE and status is None:
         # gRPC says so itself when there is no connection; a device that answers adds details.
-        return DeviceUnreachableError(
-            f"cannot reach the device at {target}: {message.rpartition('last error: ')[2]}",
-            "check that edgellm-agent runs there, and the address with `edgellm device list`",
-        )
+        what, hint = _unreachable(message.rpartition("last error: ")[2], target)
+        return DeviceUnreachableError(f"cannot reach the device at {target}: {what}", hint)
     return _remote_error(code.name, message, status or status_pb2.Status())
+
+
+def _unreachable(message: str, target: str) -> tuple[str, str]:
+    """What gRPC's words mean, and what to do about it."""
+    for words, meaning, hint in _TLS:
+        if words in message:
+            return meaning, hint
+    hung_up = any(words in message for words in _HUNG_UP)
+    if hung_up and target.startswith("ssh:"):
+        return message, "try again: the next call connects anew, and says what ssh says"
+    if hung_up and not target.startswith("unix:"):
+        return message, "is our certificate from the device's authority, and not revoked? see the agent's log"
+    return message, "check that edgellm-agent runs there, and the address with `edgellm device list`"
 
 
 def _status(call: _FailedCall) -> status_pb2.Status | None:

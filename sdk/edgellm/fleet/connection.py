@@ -15,6 +15,7 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
+from edgellm import tls
 from edgellm.errors import EdgellmError
 from edgellm.fleet.settings import BrokerSettings, password
 
@@ -178,15 +179,6 @@ def _options(qos: int) -> Any:
 
 def _tls_context(settings: BrokerSettings) -> ssl.SSLContext:
     try:
-        context = ssl.create_default_context(cafile=settings.ca)
-        if settings.cert is not None:
-            # With a password given, OpenSSL does not ask the terminal for that of an encrypted key.
-            context.load_cert_chain(settings.cert, settings.key, password="")
-    except OSError as error:  # ssl.SSLError is one
-        files = ", ".join(
-            str(path) for path in (settings.ca, settings.cert, settings.key) if path is not None
-        )
-        raise EdgellmError(
-            f"TLS files {files} cannot be used: {error}", "check --ca, --cert and --key"
-        ) from None
-    return context
+        return tls.client_context(settings.ca, settings.cert, settings.key)
+    except ValueError as error:
+        raise EdgellmError(str(error), "check --ca, --cert and --key") from None
