@@ -16,12 +16,16 @@ class SourceError(Exception):
         message: The sentence.
         permanent: Trying again would not help.
         retry_after_s: When the source said that it may be asked again.
+        absent: The source answered that it has no such thing.
     """
 
-    def __init__(self, message: str, *, permanent: bool = False, retry_after_s: float = 0) -> None:
+    def __init__(
+        self, message: str, *, permanent: bool = False, retry_after_s: float = 0, absent: bool = False
+    ) -> None:
         super().__init__(message)
         self.permanent = permanent
         self.retry_after_s = retry_after_s
+        self.absent = absent
 
 
 class RangeError(Exception):
@@ -33,10 +37,16 @@ class WrongBytesError(Exception):
 
 
 class BlobSource(Protocol):
-    """Where the blobs of an engine are. Both calls raise SourceError."""
+    """Where the blobs of an engine are. All calls raise SourceError."""
 
     async def manifest(self, digest: str) -> bytes:
         """The manifest's bytes, bounded and not checked yet."""
+
+    async def attestations(self, digest: str) -> list[bytes]:
+        """The envelopes that the source has about an engine: bounded, by their digests, and not judged.
+
+        What cannot be read as one is passed over: without it the engine may be refused, with it never taken.
+        """
 
     def blob(self, blob: Descriptor, offset: int) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
         """The blob's bytes from an offset on, in pieces of at most 256 KiB.

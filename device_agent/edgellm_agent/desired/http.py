@@ -18,7 +18,9 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from edgellm.bundle.layout import INDEX_FILE
 from edgellm.bundle.manifest import MANIFEST_MEDIA_TYPE, MAX_MANIFEST_BYTES, Descriptor
+from edgellm_agent.desired.attestations import Addresses, Attestations
 from edgellm_agent.desired.base import RangeError, SourceError, WrongBytesError
 from edgellm_agent.desired.settings import DesiredSettings
 from edgellm_agent.desired.sources import Source
@@ -35,13 +37,6 @@ _LEAST_BYTES = 4096
 _LONGEST_RETRY_AFTER_S = 3600.0
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,15})-(\d{1,15})/(\d{1,15}|\*)")
 _UNSATISFIED_RANGE = re.compile(r"bytes \*/(\d{1,15})")
-
-
-class Addresses(Protocol):
-    """Where a source keeps things, below its origin."""
-
-    def manifest(self, digest: str) -> str: ...
-    def blob(self, digest: str) -> str: ...
 
 
 class Credentials(Protocol):
@@ -64,6 +59,10 @@ class FileAddresses:
     def blob(self, digest: str) -> str:
         """Address of a blob."""
         return f"{self._base}/blobs/{digest.replace(':', '/')}"
+
+    def lists(self, digest: str) -> tuple[str, ...]:  # noqa: ARG002
+        """The bundle's index, which has those of all its engines."""
+        return (f"{self._base}/{INDEX_FILE}",)
 
 
 def new_client(settings: DesiredSettings) -> httpx.AsyncClient:
@@ -96,16 +95,23 @@ class HttpSource:
 
     async def manifest(self, digest: str) -> bytes:
         """The manifest's bytes."""
-        url = self._addresses.manifest(digest)
-        async with self._get(url, {"Accept": MANIFEST_MEDIA_TYPE}) as response:
+        return await self._small(self._addresses.manifest(digest), MANIFEST_MEDIA_TYPE, MAX_MANIFEST_BYTES)
+
+    async def attestations(self, digest: str) -> list[bytes]:
+        """The envelopes that the source has about an engine."""
+        return await Attestations(self._addresses, self._small).of(digest)
+
+    async def _small(self, url: str, accept: str, max_bytes: int) -> bytes:
+        """A document, whole and bounded; nothing about it has been checked."""
+        async with self._get(url, {"Accept": accept}) as response:
             _check_ok(response)
             data = bytearray()
             async with contextlib.aclosing(self._pieces(response)) as pieces:
                 async for piece in pieces:
                     data += piece
-                    if len(data) > MAX_MANIFEST_BYTES:
+                    if len(data) > max_bytes:
                         raise SourceError(
-                            f"the manifest has more than {MAX_MANIFEST_BYTES:,} bytes", permanent=True
+                            f"{response.url.path} has more than {max_bytes:,} bytes", permanent=True
                         )
         return bytes(data)
 
@@ -222,8 +228,10 @@ def _check_ok(response: httpx.Response) -> None:
     if status in {401, 403}:
         raise SourceError(f"{host} refuses this device ({status}); see credentials_file", permanent=True)
     if status in {404, 410}:
-        raise SourceError(f"{host} does not have {response.url.path} ({status})")
-    raise SourceError(f"{host} answers {status}", retry_after_s=_retry_after_s(response))
+        raise SourceError(f"{host} does not have {response.url.path} ({status})", absent=True)
+    # A registry without an API may also say 400 or 405.
+    absent = 400 <= status < 500 and status not in {408, 425, 429}
+    raise SourceError(f"{host} answers {status}", retry_after_s=_retry_after_s(response), absent=absent)
 
 
 def _check_range(response: httpx.Response, offset: int, size_bytes: int) -> None:

@@ -17,6 +17,7 @@ from urllib.parse import urlencode
 
 import httpx
 
+from edgellm_agent.desired.attestations import filtered
 from edgellm_agent.desired.base import SourceError
 from edgellm_agent.desired.sources import AllowList, Source
 
@@ -40,6 +41,11 @@ class RegistryAddresses:
     def blob(self, digest: str) -> str:
         """Address of a blob."""
         return f"{self._base}/blobs/{digest}"
+
+    def lists(self, digest: str) -> tuple[str, ...]:
+        """The referrers API, and the tag that stands for it in registries without."""
+        api, tag = f"{self._base}/referrers/{digest}", digest.replace(":", "-")
+        return (filtered(api), f"{self._base}/manifests/{tag}")
 
 
 class SourceCredentials:

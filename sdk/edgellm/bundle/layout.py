@@ -9,8 +9,10 @@ from pathlib import Path
 
 from edgellm.bundle import digest as digests
 from edgellm.bundle import manifest as manifests
+from edgellm.bundle import referrers
 from edgellm.bundle.config import EngineConfig
 from edgellm.bundle.manifest import Descriptor, EngineManifest, Json
+from edgellm.bundle.referrers import Referrer
 from edgellm.errors import BundleError
 
 LAYOUT_FILE = "oci-layout"
@@ -19,6 +21,8 @@ BLOBS = Path("blobs", "sha256")
 LAYOUT_VERSION = "1.0.0"
 # OCI lets an index name another one; two levels are what this layout and oras write.
 _MAX_INDEX_DEPTH = 3
+# Each may have 4 MiB; a bundle has one for each kind of board, and signatures.
+_MAX_INDEX_BLOBS = 1024
 
 OnProgress = Callable[[int, int], None]
 
@@ -47,21 +51,26 @@ class Bundle:
     Manifests and configs are read and checked by `open`; the files of the engine only by `verify`.
     """
 
-    def __init__(self, path: Path, variants: tuple[Variant, ...]) -> None:
+    def __init__(
+        self, path: Path, variants: tuple[Variant, ...], attached: tuple[Referrer, ...] = ()
+    ) -> None:
         self.path = path
         self.variants = variants
+        self._attached = attached
 
     @classmethod
     def open(cls, path: Path) -> Bundle:
         """Opens the bundle in a directory; raises BundleError, which says what is missing or wrong."""
         _check_layout(path)
-        found = {manifest.digest: manifest for manifest in _manifests(path, _read_index(path), depth=0)}
-        if not found:
+        found = list(_manifests(path, _read_index(path), set()))
+        engines = {item.digest: item for item in found if isinstance(item, EngineManifest)}
+        attached = {item.descriptor.digest: item for item in found if isinstance(item, Referrer)}
+        if not engines:
             raise BundleError(f"no engine in {path}", "check that this is an edgellm bundle")
         variants = (
-            Variant(item, item.parse_config(_read(path, item.config, "config"))) for item in found.values()
+            Variant(item, item.parse_config(_read(path, item.config, "config"))) for item in engines.values()
         )
-        return cls(path, tuple(variants))
+        return cls(path, tuple(variants), tuple(attached.values()))
 
     def select(
         self, *, profile: str | None = None, architecture: str | None = None, runtime: str | None = None
@@ -99,6 +108,19 @@ class Bundle:
     def config(self, manifest: EngineManifest) -> EngineConfig:
         """The config that a manifest of this bundle names; raises BundleError."""
         return self.variant(manifest.digest).config
+
+    def referrers(self, digest: str) -> tuple[Referrer, ...]:
+        """What is attached to an engine."""
+        return tuple(item for item in self._attached if item.subject == digest)
+
+    def attestations(self, digest: str) -> tuple[bytes, ...]:
+        """The envelopes that are attached to an engine, unread; raises BundleError, also for too many."""
+        attached = self.referrers(digest)
+        if len(attached) > referrers.MAX_ATTESTATIONS:
+            raise BundleError(
+                f"{len(attached)} attestations of one engine, more than {referrers.MAX_ATTESTATIONS}"
+            )
+        return tuple(_read(self.path, item.envelope, "attestation") for item in attached)
 
     def blob_path(self, digest: str) -> Path:
         """Where a blob lies; raises BundleError if it is not there or not a regular file."""
@@ -157,21 +179,32 @@ def _read_index(path: Path) -> Json:
     return manifests.parse_json(_read_small(path / INDEX_FILE), INDEX_FILE, manifests.MAX_MANIFEST_BYTES)
 
 
-def _manifests(root: Path, index: Json, depth: int) -> Iterator[EngineManifest]:
-    """Engine manifests that an index reaches; artifacts of other kinds, as signatures, are passed over."""
+def _manifests(
+    root: Path, index: Json, seen: set[str], depth: int = 0
+) -> Iterator[EngineManifest | Referrer]:
+    """Engines and attestations that an index reaches; artifacts of other kinds are passed over.
+
+    Each blob is read once: an index may name another a thousand times, and that a third one.
+    """
     entries = index.get("manifests")
     if not isinstance(entries, list) or depth == _MAX_INDEX_DEPTH:
         raise BundleError("not an OCI image index, or one nested too deep", "build or fetch the bundle again")
     for entry in entries:
         blob = manifests.parse_descriptor(entry, "index entry", manifests.MAX_MANIFEST_BYTES)
-        if blob.media_type not in {manifests.INDEX_MEDIA_TYPE, manifests.MANIFEST_MEDIA_TYPE}:
+        kinds = {manifests.INDEX_MEDIA_TYPE, manifests.MANIFEST_MEDIA_TYPE}
+        if blob.media_type not in kinds or blob.digest in seen:
             continue
+        seen.add(blob.digest)
+        if len(seen) > _MAX_INDEX_BLOBS:
+            raise BundleError(f"more than {_MAX_INDEX_BLOBS} manifests", "fetch a bundle of fewer variants")
         data = _read(root, blob, "manifest")
         document = manifests.parse_json(data, "manifest", manifests.MAX_MANIFEST_BYTES)
         if blob.media_type == manifests.INDEX_MEDIA_TYPE:
-            yield from _manifests(root, document, depth + 1)
+            yield from _manifests(root, document, seen, depth + 1)
         elif document.get("artifactType") == manifests.ARTIFACT_TYPE:
             yield EngineManifest.parse(data)
+        elif referrers.is_referrer(document):
+            yield Referrer.parse(data)
 
 
 def _read(root: Path, blob: Descriptor, what: str) -> bytes:
@@ -189,6 +222,8 @@ def _read(root: Path, blob: Descriptor, what: str) -> bytes:
 
 def _read_small(path: Path) -> bytes:
     try:
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise BundleError(f"{path} is not a plain file", "fetch the bundle again")
         with path.open("rb") as source:
             return source.read(manifests.MAX_MANIFEST_BYTES + 1)
     except OSError as error:

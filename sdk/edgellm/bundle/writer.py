@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 
 from edgellm.bundle import digest as digests
 from edgellm.bundle import manifest as manifests
+from edgellm.bundle import referrers
 from edgellm.bundle.config import EngineConfig
 from edgellm.bundle.layout import BLOBS, INDEX_FILE, LAYOUT_FILE, LAYOUT_VERSION, Bundle
 from edgellm.bundle.manifest import Descriptor, EngineManifest, Json, Layer, canonical_json
+from edgellm.bundle.referrers import Referrer
 from edgellm.errors import BundleError
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ class BundleWriter:
         self._target = target
         self._partial = Path()
         self._variants: dict[str, Json] = {}
+        self._attached: dict[str, Json] = {}
 
     def __enter__(self) -> Self:
         """Makes the temporary directory; raises BundleError if the target cannot be replaced."""
@@ -83,6 +86,15 @@ class BundleWriter:
         self._variants[blob.digest] = _index_entry(blob, config)
         return blob.digest
 
+    def attest(self, digest: str, envelope: bytes) -> None:
+        """Attaches an attestation to a variant that was added; raises BundleError if it is too large."""
+        size_bytes = self._blob(digest).stat().st_size
+        subject = Descriptor(manifests.MANIFEST_MEDIA_TYPE, digest, size_bytes)
+        referrer = Referrer.build(subject, envelope)
+        for data in (envelope, referrers.EMPTY, referrer.raw):
+            self._add_bytes(data, "")
+        self._attached[referrer.descriptor.digest] = referrer.index_entry()
+
     def _add_bytes(self, data: bytes, media_type: str) -> Descriptor:
         digest = digests.of_bytes(data)
         self._blob(digest).write_bytes(data)
@@ -110,8 +122,9 @@ class BundleWriter:
     def _finish(self) -> None:
         if not self._variants:
             raise BundleError("a bundle needs at least one engine")
-        index = self._add_bytes(_index(list(self._variants.values())), manifests.INDEX_MEDIA_TYPE)
-        (self._partial / INDEX_FILE).write_bytes(_index([index.to_dict()]))
+        entries = [*self._variants.values(), *self._attached.values()]
+        index = self._add_bytes(index_json(entries), manifests.INDEX_MEDIA_TYPE)
+        (self._partial / INDEX_FILE).write_bytes(index_json([index.to_dict()]))
         (self._partial / LAYOUT_FILE).write_bytes(canonical_json({"imageLayoutVersion": LAYOUT_VERSION}))
         Bundle.open(self._partial)
         self._partial.chmod(0o755)
@@ -129,7 +142,8 @@ def _media_type(path: Path, config: EngineConfig) -> str:
     return by_title.get(path.name, default)
 
 
-def _index(entries: list[Json]) -> bytes:
+def index_json(entries: list[Json]) -> bytes:
+    """An image index, canonical."""
     return canonical_json({"schemaVersion": 2, "mediaType": manifests.INDEX_MEDIA_TYPE, "manifests": entries})
 
 

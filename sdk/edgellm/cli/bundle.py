@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from edgellm.bundle import Bundle, EngineConfig, Variant
     from edgellm.client import DeviceInfo
     from edgellm.memory import MemoryPlan
+    from edgellm.signing.attesting import Claim
 
 BundleArgument = Annotated[
     Path | None, typer.Argument(help="Directory of the bundle; default: the last build.", show_default=False)
@@ -61,11 +62,16 @@ def inspect(bundle: BundleArgument = None, json_: JsonOption = False) -> None:
         opened.verify(on_progress)
     if json_:
         print_json(
-            {"bundle": opened.path, "verified": True, "engines": [_as_json(item) for item in opened.variants]}
+            {
+                "bundle": opened.path,
+                "verified": True,
+                "engines": [_as_json(opened, item) for item in opened.variants],
+            }
         )
         return
     for variant in opened.variants:
         _print_variant(variant)
+        _print_attestations(opened, variant)
     typer.echo(f"{len(opened.variants)} engine(s) in {opened.path}: every digest matches")
 
 
@@ -165,13 +171,28 @@ def _plan_on_device(bundle: Bundle, name: str, context: int | None, concurrency:
     )
 
 
-def _as_json(variant: Variant) -> dict[str, object]:
+def _as_json(bundle: Bundle, variant: Variant) -> dict[str, object]:
     return {
         "digest": variant.digest,
         "size_bytes": variant.manifest.size_bytes,
         "config": variant.config.model_dump(mode="json"),
         "files": list(variant.manifest.layers),
+        "attestations": [
+            {
+                "kind": claim.kind,
+                "key_ids": claim.key_ids,
+                "release": None if claim.release is None else claim.release.model_dump(mode="json"),
+            }
+            for claim in _said(bundle, variant)
+        ],
     }
+
+
+def _said(bundle: Bundle, variant: Variant) -> list[Claim]:
+    """What is attached to an engine; nothing of it has been checked."""
+    from edgellm.signing.attesting import said
+
+    return [said(data) for data in bundle.attestations(variant.digest)]
 
 
 def _print_variant(variant: Variant) -> None:
@@ -194,4 +215,23 @@ def _print_variant(variant: Variant) -> None:
     typer.echo()
     rows = [(layer.title, human_bytes(layer.size_bytes), layer.digest) for layer in variant.manifest.layers]
     print_table(("FILE", "SIZE", "DIGEST"), rows)
+    typer.echo()
+
+
+def _print_attestations(bundle: Bundle, variant: Variant) -> None:
+    from edgellm.signing.times import day
+
+    said = _said(bundle, variant)
+    if not said:
+        return
+    rows = [
+        (
+            claim.kind,
+            "" if claim.release is None else str(claim.release.release),
+            "" if claim.release is None else day(claim.release.expires),
+            ", ".join(key_id[:12] for key_id in claim.key_ids) or "nobody",
+        )
+        for claim in said
+    ]
+    print_table(("ATTACHED", "RELEASE", "EXPIRES", "SIGNED BY (not checked: `edgellm verify`)"), rows)
     typer.echo()

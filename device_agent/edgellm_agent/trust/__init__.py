@@ -1,0 +1,1 @@
+"""Whose engines this device takes: keys, signatures, releases."""
