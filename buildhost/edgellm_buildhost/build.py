@@ -50,13 +50,15 @@ def build_engine(
     progress: Progress | None = None,
     accuracy_level: int = _INTEGER_ACTIVATIONS,
     shard_bytes: int = SHARD_BYTES,
+    canary: bool = True,
 ) -> EngineConfig:
     """Write the engine's files into `directory`, which exists and is empty, and describe them.
 
-    Equal arguments give equal bytes. Memory follows the largest matrix, not the model; an INT8 KV cache is
-    calibrated by running the engine, which takes the memory of all its weights. `accuracy_level` 0
-    multiplies in float32 instead of 8-bit integers. Raises BuildError for a checkpoint that cannot be
-    built, OSError for a disk that cannot be written; what was written until then stays in `directory`.
+    Equal arguments give equal bytes. Memory follows the largest matrix, not the model, until the engine runs:
+    for its canary, unless `canary` is False, and for the scales of an INT8 KV cache. Then it takes the memory
+    of the quantized weights. `accuracy_level` 0 multiplies in float32 instead of 8-bit integers. Raises
+    BuildError for a checkpoint that cannot be built, OSError for a disk that cannot be written; what was
+    written until then stays in `directory`.
     """
     architecture, recipe = checkpoint.architecture, RECIPES[precision]
     if architecture.head_dim % _HEAD_DIM_STEP:
@@ -74,7 +76,7 @@ def build_engine(
     (directory / TOKENIZER_FILE).write_bytes(tokenizer.tokenizer_json)
     if tokenizer.chat_template is not None:
         (directory / CHAT_TEMPLATE_FILE).write_bytes(tokenizer.chat_template.encode())
-    return EngineConfig(
+    config = EngineConfig(
         name=name or suggested_name(checkpoint, precision, kv),
         runtime="onnxruntime",
         runtime_requires=RUNTIME_REQUIRES_INT8_KV if kv is KvName.INT8 else RUNTIME_REQUIRES,
@@ -90,6 +92,15 @@ def build_engine(
             chat_template=CHAT_TEMPLATE_FILE if tokenizer.chat_template is not None else None,
         ),
     )
+    return _with_canary(config, directory, progress) if canary else config
+
+
+def _with_canary(config: EngineConfig, directory: Path, progress: Progress) -> EngineConfig:
+    """The config with what the finished engine answers."""
+    # Brings ONNX Runtime, which reading and quantizing do without.
+    from edgellm_buildhost.canary import record_canary  # noqa: PLC0415
+
+    return config.model_copy(update={"canary": record_canary(directory, config, partial(progress, "canary"))})
 
 
 def _write_graphs(
@@ -104,7 +115,7 @@ def _write_graphs(
     if kv is KvName.FLOAT32:
         dialect.save(directory / RAGGED_GRAPH_FILE)
         return RAGGED_GRAPH_FILE
-    # Brings ONNX Runtime, which nothing else in a build needs.
+    # Brings ONNX Runtime, which reading and quantizing do without.
     from edgellm_buildhost.calibration import calibrate, default_text  # noqa: PLC0415
 
     calibrating = partial(progress, "calibrate")

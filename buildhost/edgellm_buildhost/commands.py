@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,23 +68,31 @@ def build(
     profile: ProfileOption = "host",
     output: OutputOption = None,
     name: NameOption = None,
+    canary: Annotated[
+        bool, typer.Option(help="Record what the engine answers, for devices to compare with.")
+    ] = True,
     json_: JsonOption = False,
 ) -> None:
     """Quantize a checkpoint and write it as an engine bundle.
 
-    The source is read one tensor at a time, so a model larger than memory can be built. Equal input gives
-    equal digests. Nothing is left behind when the build fails or is interrupted.
+    The source is read one tensor at a time. In the end the engine is loaded and answers once, which takes the
+    memory of its weights; with --no-canary, a model larger than memory can be built. Equal input gives equal
+    digests on one machine. Nothing is left behind when the build fails or is interrupted. What the engine was
+    made from, and with, is attached to it: `edgellm inspect` shows it, `edgellm sign` has a key stand for it.
 
     \b
     edgellm build ./SmolLM2-135M-Instruct --profile orin-nano-8gb
     edgellm build model.gguf --precision int8 -o model.bundle
     """
     from edgellm.bundle import Bundle, BundleWriter
+    from edgellm_buildhost import provenance
     from edgellm_buildhost.build import build_engine, suggested_name
     from edgellm_buildhost.checkpoint import open_checkpoint
 
     load_profile(profile)
+    began_s = time.time()
     checkpoint = open_checkpoint(source)
+    sources = provenance.Sources.read(source)
     engine_name = name or suggested_name(checkpoint, precision, kv)
     target = output or paths.data_dir() / "bundles" / f"{engine_name}-{profile}.bundle"
     with (
@@ -92,9 +101,18 @@ def build(
         _bars(shown=not json_) as progress,
     ):
         config = build_engine(
-            checkpoint, precision, Path(files), profile=profile, kv=kv, name=engine_name, progress=progress
+            checkpoint,
+            precision,
+            Path(files),
+            profile=profile,
+            kv=kv,
+            name=engine_name,
+            progress=progress,
+            canary=canary,
         )
         digest = writer.add(Path(files), config)
+        options = {"precision": precision.value, "kv": kv.value, "profile": profile, "name": engine_name}
+        writer.attest(digest, provenance.envelope(engine_name, digest, sources, options, began_s))
     paths.record_last_build(target)
     size_bytes = Bundle.open(target).select(profile=profile).manifest.size_bytes
     _report(target, digest, size_bytes, config, as_json=json_)

@@ -7,7 +7,7 @@ from array import array
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from math import ceil, frexp
 from operator import sub
@@ -147,16 +147,55 @@ class Totals:
             record.inter_token_latency.CopyFrom(inter_token)
 
 
+@dataclass(frozen=True)
+class Health:
+    """How one engine has fared since it was started."""
+
+    deaths: int = 0
+    """Workers that ended without being asked to, and starts that failed."""
+    hangs: int = 0
+    """Of the deaths, those of workers that were killed because they kept silent."""
+    finished: int = 0
+    """Requests with a whole answer."""
+    failed: int = 0
+    """Requests that the engine could not answer. What it refuses (wrong, too long, busy, draining), a
+    deadline that passed and a client that left are not its fault."""
+
+
+@dataclass
+class EngineFigures:
+    """Counts of one engine and all its workers, which count in the agent's totals as well."""
+
+    totals: Totals = field(default_factory=Totals)
+    health: Health = field(default_factory=Health, init=False)
+
+    def finished(self) -> None:
+        """A request has its whole answer."""
+        self.totals.finished_requests += 1
+        self.health = replace(self.health, finished=self.health.finished + 1)
+
+    def failed(self, *, by_engine: bool) -> None:
+        """A request has no answer, or only a part of one, and not because its client left."""
+        self.totals.failed_requests += 1
+        self.health = replace(self.health, failed=self.health.failed + by_engine)
+
+    def died(self, *, hung: bool = False) -> None:
+        """A worker ended without being asked to, or did not start."""
+        self.health = replace(self.health, deaths=self.health.deaths + 1, hangs=self.health.hangs + hung)
+
+
 class AnswerWatch:
     """Times one answer as its client on the device sees it, from the request on, and counts how it ended.
 
     Args:
-        totals: Where it is counted.
+        figures: Where it is counted.
         credit_tokens: Tokens that may come before the reader has taken any.
 
     """
 
-    def __init__(self, totals: Totals, credit_tokens: int) -> None:
+    def __init__(self, figures: EngineFigures, credit_tokens: int) -> None:
+        totals = figures.totals
+        self._figures = figures
         self._totals = totals
         self._credit = credit_tokens
         self._last_s = totals.clock()
@@ -188,8 +227,8 @@ class AnswerWatch:
 
     def finished(self) -> None:
         """The answer is complete."""
-        self._totals.finished_requests += 1
+        self._figures.finished()
 
-    def failed(self) -> None:
+    def failed(self, *, by_engine: bool) -> None:
         """There is no answer, or only a part of it, and not because its client left."""
-        self._totals.failed_requests += 1
+        self._figures.failed(by_engine=by_engine)

@@ -13,17 +13,14 @@ from edgellm.errors import DoesNotFitError
 from edgellm.memory import PREFILL_TOKENS, MemoryPlan
 from edgellm.v1 import fleet_pb2, inference_pb2, telemetry_pb2, worker_pb2
 from edgellm_agent.engine.base import TokenStream
-from edgellm_agent.engine.figures import Totals
+from edgellm_agent.engine.figures import EngineFigures, Health, Totals
 from edgellm_agent.engine.pressure import PressureGuard, Reading, read_pressure
+from edgellm_agent.engine.restarts import Restarts
 from edgellm_agent.engine.worker_process import WorkerProcess
 from edgellm_agent.errors import AgentError, UnavailableError
 
 log = logging.getLogger(__name__)
 
-_FIRST_PAUSE_S = 0.5
-_LONGEST_PAUSE_S = 30.0
-# A worker that has lived so long starts with the first pause again.
-_HEALTHY_S = 60.0
 # A KV cache for fewer tokens would refuse nearly everything.
 _FLOOR_TOKENS = 1024
 
@@ -39,6 +36,13 @@ class Serving:
     speculate: bool = True
     load_timeout_s: float = 300.0
     poll_s: float = 1.0
+    hang_s: float = 30.0
+    """A worker that was asked and is silent for so long is killed. Three times the longest step that a slow
+    board may take; while the worker rests, waits or loads, this does not apply."""
+    loop_deaths: int = 5
+    """So many deaths of workers..."""
+    loop_window_s: float = 600.0
+    """...within so many seconds are a loop."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,8 @@ class SupervisedEngine:
         on_change: Called when `state` has changed.
         totals: What all engines of the agent are counted in.
         on_worker_ended: Called when a worker has ended without being asked to.
+        on_looping: Called with a reason whenever workers have died `loop_deaths` times within
+            `loop_window_s`, starts that failed included. The next start is tried all the same.
 
     """
 
@@ -98,12 +104,16 @@ class SupervisedEngine:
         *,
         totals: Totals | None = None,
         on_worker_ended: Callable[[fleet_pb2.WorkerEnded], None] = lambda _: None,
+        on_looping: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.spec = spec
         self.state = "starting"
         self._on_change = on_change
         self.totals = totals or Totals()
+        self._figures = EngineFigures(self.totals)
+        self._restarts = Restarts(spec.serving.loop_deaths, spec.serving.loop_window_s)
         self._on_worker_ended = on_worker_ended
+        self._on_looping = on_looping
         self._plan = plan
         self._worker: WorkerProcess | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -130,6 +140,10 @@ class SupervisedEngine:
     def worker_pid(self) -> int | None:
         """Process id of the worker, if one is running."""
         return None if self._worker is None else self._worker.pid
+
+    def health(self) -> Health:
+        """How the engine has fared since its start."""
+        return self._figures.health
 
     def memory_bytes(self) -> tuple[int, int]:
         """What the worker holds, and what it was granted beyond that and has not taken yet."""
@@ -211,14 +225,15 @@ class SupervisedEngine:
             max_waiting=spec.serving.max_waiting,
             speculate=spec.serving.speculate,
         )
-        worker = await WorkerProcess.start(load, spec.serving.load_timeout_s, self.totals)
+        worker = await WorkerProcess.start(
+            load, spec.serving.load_timeout_s, self._figures, hang_s=spec.serving.hang_s
+        )
         self._guard = self._pressure_guard(MemoryPlan.from_proto(worker.ready.plan))
         self._set_limits(worker)
         log.info("engine %s loaded in %.2f s, worker %d", spec.config.name, worker.ready.load_s, worker.pid)
         return worker
 
     async def _watch(self) -> None:
-        pause_s = _FIRST_PAUSE_S
         loop = asyncio.get_running_loop()
         # The state is asked too: before Python 3.12, `wait_for` can swallow a cancellation.
         while self._worker is not None and self.state != "stopped":
@@ -230,23 +245,40 @@ class SupervisedEngine:
             self._tell_worker_ended(self._worker)
             if self.state != "draining":
                 self._set_state("restarting")
+            self._count_death(self._worker.death, loop.time() - began, hung=self._worker.hung)
             await self._worker.close()
             self._worker, self._last = None, worker_pb2.Stats()
-            if loop.time() - began > _HEALTHY_S:
-                pause_s = _FIRST_PAUSE_S
-            while self._worker is None and self.state != "stopped":
-                await asyncio.sleep(pause_s)
-                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
-                self.totals.restarts += 1
-                try:
-                    self._worker = await self._start_worker()
-                except (AgentError, DoesNotFitError) as error:
-                    log.error("engine %s does not start: %s", self.spec.config.name, error)
-                except Exception:
-                    # Whatever it is (no memory for a process, say), the next try may find it gone.
-                    log.exception("engine %s does not start", self.spec.config.name)
+            await self._restart()
             if self.state == "restarting":
                 self._set_state("serving")
+
+    async def _restart(self) -> None:
+        """Starts a worker, however often that takes; an engine that drains needs none any more."""
+        while self._worker is None and self.state == "restarting":
+            await asyncio.sleep(self._restarts.next_pause_s())
+            self.totals.restarts += 1
+            try:
+                self._worker = await self._start_worker()
+            except (AgentError, DoesNotFitError) as error:
+                log.error("engine %s does not start: %s", self.spec.config.name, error)
+                self._count_death(f"it does not start: {error}")
+            except Exception as error:
+                # Whatever it is (no memory for a process, say), the next try may find it gone.
+                log.exception("engine %s does not start", self.spec.config.name)
+                self._count_death(f"it does not start: {type(error).__name__}")
+
+    def _count_death(self, reason: str, lived_s: float = 0.0, *, hung: bool = False) -> None:
+        self._figures.died(hung=hung)
+        if not self._restarts.died(asyncio.get_running_loop().time(), lived_s):
+            return
+        serving = self.spec.serving
+        deaths = f"{serving.loop_deaths} deaths of its worker within {serving.loop_window_s:g} s"
+        what = f"{deaths}, the last: {reason}"
+        log.error("engine %s: %s", self.spec.config.name, what)
+        try:
+            self._on_looping(what)
+        except Exception:  # the next start is tried all the same
+            log.exception("engine %s: a listener failed", self.spec.config.name)
 
     async def _poll(self) -> None:
         """Asks the worker for its figures, as often as telemetry wants them."""

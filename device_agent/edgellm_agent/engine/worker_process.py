@@ -9,36 +9,31 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import cast
 
 from edgellm.v1 import inference_pb2, worker_pb2
 from edgellm_agent import errors, ipc
-from edgellm_agent.engine.figures import AnswerWatch, Totals
+from edgellm_agent.engine.figures import AnswerWatch, EngineFigures
+from edgellm_agent.engine.watchdog import Watchdog
 from edgellm_agent.engine.worker_output import WorkerOutput
+from edgellm_agent.engine.worker_stream import CREDIT_TOKENS, WorkerStream
 
 log = logging.getLogger(__name__)
 
-# Tokens under way per stream: enough to hide the way there and back, little to lose when a client goes.
-_CREDIT_TOKENS = 64
 _SLACK_STREAMS = 16
 _CLOSE_S = 5.0
 _OUTPUT_CLOSE_S = 2.0
 # A worker that has closed its channel is about to exit; its status says why, unless it is killed before.
 _EXIT_S = 1.0
-_PLAIN_ERRORS: dict[worker_pb2.FailureKind.ValueType, Callable[[str], errors.AgentError]] = {
-    worker_pb2.FAILURE_KIND_BUSY: errors.BusyError,
-    worker_pb2.FAILURE_KIND_CANCELLED: errors.CancelledError,
-    worker_pb2.FAILURE_KIND_DEADLINE: errors.DeadlineError,
-    worker_pb2.FAILURE_KIND_DRAINING: errors.UnavailableError,
-}
+_KILL_S = 5.0
 
 
 class WorkerProcess:
     """A started and loaded worker.
 
-    `dead` is set, with `death` telling why, once nothing more comes from it.
+    `dead` is set, with `death` telling why, once nothing more comes from it. One that hangs is killed: a ping
+    (`stats`) starts the watchdog's time, and whatever comes ends it.
     """
 
     def __init__(
@@ -48,7 +43,8 @@ class WorkerProcess:
         writer: asyncio.StreamWriter,
         client_streams: int,
         *,
-        totals: Totals,
+        figures: EngineFigures,
+        hang_s: float,
         output: WorkerOutput,
     ) -> None:
         self._process = process
@@ -57,8 +53,8 @@ class WorkerProcess:
         self._writer = writer
         # The worker refuses, and fairly; here is only what one client, and all of them, may have under way.
         self._client_streams = client_streams
-        self._totals = totals
-        self._streams: dict[int, _Stream] = {}
+        self._figures = figures
+        self._streams: dict[int, WorkerStream] = {}
         self._next_id = 0
         self._stats_waiters: list[asyncio.Future[worker_pb2.Stats]] = []
         self._drained = asyncio.Event()
@@ -66,16 +62,26 @@ class WorkerProcess:
         self.ready = worker_pb2.Ready()
         self.dead = asyncio.Event()
         self.death = ""
+        self.hung = False
+        self._watchdog = Watchdog(hang_s, asyncio.get_running_loop().time)
+        self._watching: asyncio.Task[None] | None = None
+        self._asked_to_end = False
         self._killed = False
         self._oom_kills = _oom_kills()
 
     @classmethod
     async def start(
-        cls, load: worker_pb2.Load, timeout_s: float, totals: Totals | None = None
+        cls,
+        load: worker_pb2.Load,
+        timeout_s: float,
+        figures: EngineFigures | None = None,
+        *,
+        hang_s: float = 30.0,
     ) -> WorkerProcess:
-        """Starts a worker and loads an engine; what its clients see is counted in `totals`.
+        """Starts a worker and loads an engine; what its clients see is counted in `figures`.
 
-        Raises TooLargeError or EngineError, and leaves no process behind.
+        It may take `timeout_s` to load, and after that be silent for `hang_s`, seconds. Raises TooLargeError
+        or EngineError, and leaves no process behind.
         """
         ours, theirs = socket.socketpair()
         with contextlib.ExitStack() as undo, theirs:
@@ -95,7 +101,8 @@ class WorkerProcess:
         output = WorkerOutput(cast("asyncio.StreamReader", process.stderr), process.pid)
         reader, writer = await asyncio.open_unix_connection(sock=ours)
         streams = load.plan.max_sequences + load.max_waiting
-        worker = cls(process, reader, writer, streams, totals=totals or Totals(), output=output)
+        figures = figures or EngineFigures()
+        worker = cls(process, reader, writer, streams, figures=figures, hang_s=hang_s, output=output)
         try:
             await asyncio.wait_for(worker._load(load), timeout_s)
         except BaseException as error:
@@ -112,7 +119,7 @@ class WorkerProcess:
 
     def submit(
         self, request: inference_pb2.GenerateRequest, deadline_s: float = 0, client: str = ""
-    ) -> _Stream:
+    ) -> WorkerStream:
         """Starts a request; raises UnavailableError or BusyError."""
         if self.dead.is_set():
             raise errors.UnavailableError("the engine has just stopped")
@@ -126,13 +133,13 @@ class WorkerProcess:
         submit = worker_pb2.Submit(
             id=self._next_id,
             request=request,
-            credit_tokens=_CREDIT_TOKENS,
+            credit_tokens=CREDIT_TOKENS,
             deadline_s=deadline_s,
             client=client,
         )
         self._send(worker_pb2.ToWorker(submit=submit))
-        watch = AnswerWatch(self._totals, _CREDIT_TOKENS)
-        stream = self._streams[self._next_id] = _Stream(self, self._next_id, client, watch)
+        watch = AnswerWatch(self._figures, CREDIT_TOKENS)
+        stream = self._streams[self._next_id] = WorkerStream(self, self._next_id, client, watch)
         return stream
 
     async def stats(self, timeout_s: float = 5.0) -> worker_pb2.Stats:
@@ -140,6 +147,7 @@ class WorkerProcess:
         waiter: asyncio.Future[worker_pb2.Stats] = asyncio.get_running_loop().create_future()
         self._stats_waiters.append(waiter)
         self._send(worker_pb2.ToWorker(ping=worker_pb2.Ping()))
+        self._watchdog.asked()
         try:
             stats = await asyncio.wait_for(waiter, timeout_s)
         except asyncio.TimeoutError:
@@ -174,15 +182,14 @@ class WorkerProcess:
 
     async def close(self) -> None:
         """Ends the process: it exits by itself when the channel closes; if not, it is killed."""
+        self._asked_to_end = True
         self._writer.close()
-        try:
-            await asyncio.wait_for(self._process.wait(), _CLOSE_S)
-        except asyncio.TimeoutError:
+        if await self._exit_status(_CLOSE_S) is None:
             log.warning("worker %d did not end by itself, killed", self.pid)
-            self._kill()
-            await self._process.wait()
-        if self._reading is not None:
-            await self._reading
+            await self._end()
+        for task in (self._reading, self._watching):
+            if task is not None:
+                await task
         await self._output.close(_OUTPUT_CLOSE_S)
 
     def cancel(self, stream_id: int) -> None:
@@ -214,8 +221,8 @@ class WorkerProcess:
         try:
             first = await ipc.read_from_worker(self._reader)
         except (asyncio.IncompleteReadError, ConnectionError):
-            status = await self._process.wait()
-            raise errors.EngineError(f"the worker ended while loading the engine ({_why(status)})") from None
+            why = _why(await self._ended())
+            raise errors.EngineError(f"the worker ended while loading the engine ({why})") from None
         if first.WhichOneof("message") == "fatal":
             fatal = first.fatal
             if fatal.kind == worker_pb2.FAILURE_KIND_TOO_LARGE:
@@ -223,21 +230,24 @@ class WorkerProcess:
             raise errors.EngineError(fatal.message)
         self.ready = first.ready
         self._reading = asyncio.create_task(self._read(), name=f"worker-{self.pid}")
+        self._watching = asyncio.create_task(self._watch(), name=f"worker-{self.pid}-watchdog")
 
     def _send(self, message: worker_pb2.ToWorker) -> None:
-        # What may wait here is bounded: requests by what may be under way, credits by tokens sent, and one
-        # ping at a time.
+        # What may wait here is bounded: requests by what may be under way, credits by tokens sent, and pings,
+        # one every few seconds, by the watchdog.
         if not self._writer.is_closing():
             self._writer.write(ipc.encode(message))
 
     async def _read(self) -> None:
         try:
             while True:
-                self._take(await ipc.read_from_worker(self._reader))
+                message = await ipc.read_from_worker(self._reader)
+                self._watchdog.heard()
+                self._take(message)
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
-        except _WorkerFailedError as error:
-            self.death = str(error)
+        except _WorkerFailedError as failure:
+            self.death = str(failure)
         except Exception:
             log.exception("worker %d sent what makes no sense, killed", self.pid)
             self._kill()
@@ -248,16 +258,44 @@ class WorkerProcess:
             if not waiter.done():
                 waiter.set_exception(errors.EngineError(f"the engine stopped ({self.death})"))
         for stream in list(self._streams.values()):
-            stream.fail(errors.UnavailableError(f"the engine stopped ({self.death})"))
+            error = errors.UnavailableError(f"the engine stopped ({self.death})")
+            stream.fail(error, by_engine=not self._asked_to_end)
         self._streams.clear()
 
-    async def _ended(self) -> int:
-        """The exit status of a process whose channel is closed; one that lingers is killed."""
+    async def _watch(self) -> None:
+        """Kills the process once it hangs; its requests do not wait until it is really gone."""
+        hung = asyncio.create_task(self._watchdog.until_hung())
+        dead = asyncio.create_task(self.dead.wait())
         try:
-            return await asyncio.wait_for(self._process.wait(), _EXIT_S)
-        except asyncio.TimeoutError:
+            await asyncio.wait({hung, dead}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            hung.cancel()
+            dead.cancel()
+        if not self.dead.is_set() and not self._asked_to_end:
+            self.hung = True
+            self.death = f"it hung: no answer within {self._watchdog.hang_s:g} s"
             self._kill()
-            return await self._process.wait()
+            self._writer.transport.abort()
+
+    async def _ended(self) -> int | None:
+        """The exit status of a process whose channel is closed; one that lingers is killed."""
+        status = await self._exit_status(_EXIT_S)
+        return await self._end() if status is None else status
+
+    async def _end(self) -> int | None:
+        """Kills the process. One that waits in the kernel, for a device say, dies only when that lets it."""
+        self._kill()
+        status = await self._exit_status(_KILL_S)
+        if status is None:
+            log.error("worker %d was killed and is still there: the kernel does not let it go", self.pid)
+        return status
+
+    async def _exit_status(self, timeout_s: float) -> int | None:
+        """How it ended, or None if it does not within so many seconds."""
+        try:
+            return await asyncio.wait_for(self._process.wait(), timeout_s)
+        except asyncio.TimeoutError:
+            return None
 
     def _kill(self) -> None:
         if self._process.returncode is None:
@@ -294,87 +332,6 @@ class _WorkerFailedError(Exception):
     """The worker's last word."""
 
 
-class _Stream:
-    """A TokenStream.
-
-    A reader that falls behind gets what has come since in one piece; credit bounds how much that is.
-    """
-
-    def __init__(self, worker: WorkerProcess, stream_id: int, client: str, watch: AnswerWatch) -> None:
-        self.client = client
-        self._watch = watch
-        self._worker = worker
-        self._id = stream_id
-        self._pending: worker_pb2.Delta | None = None
-        self._error: errors.AgentError | None = None
-        self._ended = False
-        self._taken = 0
-        self._changed = asyncio.Event()
-        self.finished: worker_pb2.Finished | None = None
-
-    def put(self, delta: worker_pb2.Delta) -> None:
-        self._watch.came(len(delta.token_ids))
-        if self._pending is None:
-            self._pending = delta
-        else:
-            self._pending.token_ids.extend(delta.token_ids)
-            self._pending.text += delta.text
-            self._pending.logprobs.extend(delta.logprobs)
-        self._changed.set()
-
-    def fail(self, error: errors.AgentError) -> None:
-        # What comes after its reader has left is neither a failure nor an answer.
-        if not self._ended:
-            self._watch.failed()
-        self._error = error
-        self._ended = True
-        self._changed.set()
-
-    def end(self, ended: worker_pb2.Ended) -> None:
-        if ended.WhichOneof("outcome") == "failure":
-            self.fail(_to_error(ended.failure))
-            return
-        if not self._ended:
-            self._watch.finished()
-        self.finished = ended.finished
-        self._ended = True
-        self._changed.set()
-
-    async def __aiter__(self) -> AsyncIterator[worker_pb2.Delta]:
-        while True:
-            await self._changed.wait()
-            self._changed.clear()
-            delta, self._pending = self._pending, None
-            if delta is not None:
-                self._give_credit(len(delta.token_ids))
-                yield delta
-            if self._ended and self._pending is None:
-                if self._error is not None:
-                    raise self._error
-                return
-
-    async def aclose(self) -> None:
-        if not self._ended:
-            self._ended = True
-            self._worker.cancel(self._id)
-
-    def _give_credit(self, tokens: int) -> None:
-        # In pieces: a message for each token would cost as much as the token's own.
-        self._taken += tokens
-        if self._taken >= _CREDIT_TOKENS // 4 and not self._ended:
-            self._worker.credit(self._id, self._taken)
-            self._watch.taken(self._taken)
-            self._taken = 0
-
-
-def _to_error(failure: worker_pb2.Failure) -> errors.AgentError:
-    if failure.kind == worker_pb2.FAILURE_KIND_INVALID:
-        return errors.InvalidError(failure.field, failure.message)
-    if failure.kind == worker_pb2.FAILURE_KIND_TOO_LARGE:
-        return errors.TooLargeError(failure.message, failure.needed_bytes, failure.available_bytes)
-    return _PLAIN_ERRORS.get(failure.kind, errors.EngineError)(failure.message)
-
-
 def _oom_kills() -> int | None:
     """How many processes the kernel has killed for memory since boot; None where it does not tell."""
     try:
@@ -384,5 +341,7 @@ def _oom_kills() -> int | None:
     return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), None)
 
 
-def _why(status: int) -> str:
+def _why(status: int | None) -> str:
+    if status is None:
+        return "killed, but not gone"
     return f"signal {-status}" if status < 0 else f"exit status {status}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 RuntimeName = Literal["onnxruntime", "tensorrt", "tensorrt_edgellm", "tensorrt_llm"]
 KvDtype = Literal["float32", "float16", "int8"]
@@ -93,6 +93,29 @@ class EngineFiles(_Part):
     chat_template: FileTitle | None = None
 
 
+class Canary(_Part):
+    """What the engine answered to a short prompt where it was built, one likeliest token after the other.
+
+    Another processor adds in another order, which may move a gap by the tolerance. So its answer may leave
+    this one, for the first time, only at a step whose gap is below that; after it they are two texts.
+    """
+
+    prompt: str = Field(min_length=1, max_length=256)
+    token_ids: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1, max_length=64)
+    gaps: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] = Field(
+        description="for each token: its logit less the next largest one, rounded"
+    )
+    tolerance: float = Field(
+        gt=0, allow_inf_nan=False, description="how far kernels may move such a gap, logits"
+    )
+
+    @model_validator(mode="after")
+    def _of_one_length(self) -> Canary:
+        if len(self.gaps) != len(self.token_ids):
+            raise ValueError(f"{len(self.token_ids)} token_ids need as many gaps, not {len(self.gaps)}")
+        return self
+
+
 class EngineConfig(_Part):
     """The typed config blob of an engine manifest."""
 
@@ -108,6 +131,7 @@ class EngineConfig(_Part):
     tokens: SpecialTokens
     footprint: Footprint
     files: EngineFiles
+    canary: Canary | None = None
 
     @property
     def kv_bytes_per_token(self) -> int:

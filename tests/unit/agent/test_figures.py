@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgellm.v1 import telemetry_pb2, worker_pb2
-from edgellm_agent.engine.figures import AnswerWatch, Histogram, Totals
+from edgellm_agent.engine.figures import AnswerWatch, EngineFigures, Health, Histogram, Totals
 
 # Within the range for which the error is stated.
 DURATIONS = st.floats(2.0**-14, 2.0**10, exclude_max=True)
@@ -110,7 +110,7 @@ def test_marks_are_bounded_however_often_one_asks():
 
 def watch(time: Time, credit_tokens: int = 64) -> tuple[AnswerWatch, Totals]:
     totals = Totals(clock=time)
-    return AnswerWatch(totals, credit_tokens), totals
+    return AnswerWatch(EngineFigures(totals), credit_tokens), totals
 
 
 def figures(totals: Totals) -> telemetry_pb2.Runtime:
@@ -185,3 +185,22 @@ def test_what_a_worker_did_between_two_polls_is_added():
     )
     record = figures(totals)
     assert (record.generated_tokens_total, record.preemptions_total, record.draft_tokens_total) == (13, 0, 4)
+
+
+def test_an_engines_health_is_its_own_and_the_agents_totals_are_of_all_engines():
+    totals = Totals()
+    one, other = EngineFigures(totals), EngineFigures(totals)
+    one.finished()
+    one.died(hung=True)
+    one.died()
+    other.failed(by_engine=True)
+    assert one.health == Health(deaths=2, hangs=1, finished=1, failed=0)
+    assert other.health == Health(failed=1)
+    assert (totals.finished_requests, totals.failed_requests) == (1, 1)
+
+
+def test_a_refusal_has_failed_its_client_but_speaks_for_the_engine():
+    figures = EngineFigures()
+    AnswerWatch(figures, 64).failed(by_engine=False)
+    assert figures.health == Health()
+    assert figures.totals.failed_requests == 1
