@@ -1,13 +1,11 @@
-"""Who asked for a change of engines, and how the change is told."""
+"""Who asked for a change of engines."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-from edgellm.v1 import fleet_pb2
 from edgellm_agent.errors import PreconditionError
-from edgellm_agent.events import Events
 
 
 @dataclass(frozen=True)
@@ -16,6 +14,8 @@ class Origin:
 
     name: Literal["local", "desired"]
     generation: int = 0
+    actor: str = ""
+    """Who called, for example "uid 1000"; empty for the fleet."""
 
 
 LOCAL = Origin("local")
@@ -23,13 +23,3 @@ LOCAL = Origin("local")
 
 class PinnedError(PreconditionError):
     """The fleet may not replace the active engine: somebody at the device has pinned it."""
-
-
-def tell_change(
-    events: Events, what: str, engine: str, by: Origin | None, *, previous: str = "", error: str = ""
-) -> None:
-    """Tells a step in an engine's life; what nobody asked for (`by` None) is not told."""
-    if by is not None:
-        change = fleet_pb2.EngineChanged(what=what, engine=engine, previous=previous, error=error)
-        change.origin, change.generation = by.name, by.generation
-        events.tell(change)

@@ -8,20 +8,25 @@ from random import Random
 
 import pytest
 
+from edgellm_agent.access.fleet import Fleet
 from edgellm_agent.desired.controller import DesiredController
 from edgellm_agent.desired.settings import DesiredSettings
 from edgellm_agent.errors import BusyError, EngineError, PreconditionError
-from edgellm_agent.lifecycle import EngineManager
+from edgellm_agent.lifecycle.manager import EngineManager
+from edgellm_agent.store.scrub import Scrubber
+from edgellm_agent.store.settings import StoreSettings
 from tests.support.agents import wait_for
 from tests.support.desired_device import (
     NOW_NS,
     TOPICS,
     FakeUplink,
     StillManager,
+    install,
     make_layout,
     make_manager,
 )
 from tests.support.range_server import Answer, range_server
+from tests.support.small_disk import let_free, taken
 
 # What a fetch holds before it writes, a read of the network more.
 PIECE_BYTES = (256 + 64) << 10
@@ -58,9 +63,10 @@ class Device:
         self.manager = make_manager(self.root / "state", self.kind)
         self.events = []
         self.manager.events.listen(self.events.append)
-        self.controller = DesiredController(self.settings, self.manager, self.uplink)
+        self.controller = DesiredController(self.settings, self.manager, self.uplink, Fleet("operator"))
 
     async def start(self):
+        self.manager.settle()
         await self.manager.start()
         self.controller.start()
         return self
@@ -88,12 +94,7 @@ class Device:
 
     def push(self, bundle, digest):
         """As over the device's own API."""
-        manifest = bundle.manifest(digest)
-        self.manager.begin_push(manifest, bundle.config(manifest))
-        for blob in manifest.blobs():
-            if not self.manager.store.has(blob.digest):
-                self.manager.store.put(bundle.blob_path(blob.digest).read_bytes())
-        self.manager.commit_push(digest)
+        install(self.manager, bundle, digest)
 
     @property
     def told(self):
@@ -138,13 +139,14 @@ async def test_a_device_converges_to_what_is_desired(device, server, layouts):
     assert device.uplink.reported.phase == "NONE"
     device.desire(1, first, source(server, "first"))
     reported = await device.uplink.until_phase("CONVERGED")
-    assert device.uplink.phases == ["NONE", "FETCHING", "ACTIVATING", "CONVERGED"]
+    assert device.uplink.phases == ["NONE", "FETCHING", "ACTIVATING", "PROVING", "CONVERGED"]
     assert (reported.observed_generation, reported.desired_engine) == (1, first)
     assert (reported.active_engine, reported.active_name) == (first, "tiny-int4")
     assert list(reported.engines) == [first]
     assert not reported.overridden
     assert device.manager.active_digest() == first
-    assert device.told == [("FETCHED", "desired", 1), ("ACTIVATED", "desired", 1)]
+    told = ["FETCHED", "ACTIVATED", "COMMITTED"]
+    assert device.told == [(what, "desired", 1) for what in told]
     event = device.uplink.retained[TOPICS.reported]
     assert (event.type, event.source, event.run) == ("edgellm.reported.v1", TOPICS.source, 7)
     assert event.id == f"7-reported-{event.sequence}"
@@ -237,7 +239,7 @@ async def test_an_activation_that_fails_leaves_the_old_engine(device, server, la
     async def fail(_digest):
         raise EngineError("no first token")
 
-    device.manager.before_load = fail
+    device.manager.rack.before_load = fail
     device.desire(2, second, source(server, "second"))
     reported = await device.uplink.until_phase("FAILED")
     assert reported.error == "no first token"
@@ -283,7 +285,7 @@ async def test_a_higher_generation_waits_for_an_activation(device, server, layou
         loading.set()
         await go_on.wait()
 
-    device.manager.before_load = hold
+    device.manager.rack.before_load = hold
     device.desire(1, first, source(server, "first"))
     await asyncio.wait_for(loading.wait(), 20)
     device.desire(2, second, source(server, "second"))
@@ -348,7 +350,7 @@ async def test_a_pin_holds_against_an_activation_that_is_under_way(device, serve
         loading.set()
         await go_on.wait()
 
-    device.manager.before_load = hold
+    device.manager.rack.before_load = hold
     device.desire(2, second, source(server, "second"))
     await asyncio.wait_for(loading.wait(), 20)
     device.manager.pin(True)
@@ -356,7 +358,7 @@ async def test_a_pin_holds_against_an_activation_that_is_under_way(device, serve
     await device.manager.idle()
     assert device.manager.active_digest() == first
     assert device.uplink.reported.phase == "PINNED"
-    device.manager.before_load = None
+    device.manager.rack.before_load = None
     device.manager.pin(False)
     await device.uplink.until_phase("CONVERGED")
     assert device.manager.active_digest() == second
@@ -377,8 +379,8 @@ async def test_a_device_that_is_unpinned_before_the_activation_has_ended_goes_on
         reloading.set()
         await reloaded.wait()
 
-    device.manager.before_load = hold
-    device.manager._reload = reload
+    device.manager.rack.before_load = hold
+    device.manager.rack.restore = reload
     device.desire(2, second, source(server, "second"))
     await asyncio.wait_for(loading.wait(), 20)
     device.manager.pin(True)
@@ -400,7 +402,7 @@ async def test_a_restart_of_the_engine_needs_one_and_its_turn(device, layouts, s
         loading.set()
         await go_on.wait()
 
-    device.manager.before_load = hold
+    device.manager.rack.before_load = hold
     device.desire(1, layouts[1], source(server, "first"))
     await asyncio.wait_for(loading.wait(), 20)
     with pytest.raises(BusyError, match="under way"):
@@ -502,7 +504,7 @@ async def test_what_is_done_to_engines_on_the_device_itself_is_told(device, tmp_
         raise EngineError("no first token")
 
     third = push_locally(device, tmp_path, "three")
-    device.manager.before_load = fail
+    device.manager.rack.before_load = fail
     with pytest.raises(EngineError):
         await device.manager.activate(third)
     seen = [(event.what, event.engine, event.previous, event.error) for event in device.events]
@@ -511,7 +513,9 @@ async def test_what_is_done_to_engines_on_the_device_itself_is_told(device, tmp_
         ("PUSHED", first, "", ""),
         ("PUSHED", second, "", ""),
         ("ACTIVATED", first, "", ""),
+        ("COMMITTED", first, "", ""),
         ("ACTIVATED", second, first, ""),
+        ("COMMITTED", second, first, ""),
         ("REMOVED", first, "", ""),
         ("PINNED", second, "", ""),
         ("PUSHED", third, "", ""),
@@ -594,19 +598,14 @@ async def test_after_any_sequence_a_device_with_a_source_converges_or_says_why_n
 async def test_when_the_disk_is_full_the_oldest_engine_of_the_fleet_makes_way(device, tmp_path, monkeypatch):
     local = push_locally(device, tmp_path, "mine")
     store = device.manager.store
-    blobs = store.blobs
-    before = sum(path.stat().st_size for path in blobs.iterdir())
+    before = taken(store)
     made = [
         make_layout(tmp_path / name, name=name, weights=name.encode() * 100_000)
         for name in ("e1", "e2", "e3")
     ]
     one = max(bundle.manifest(digest).size_bytes for bundle, digest in made)
-
-    def free_bytes():
-        """Of a disk for two and a half engines."""
-        return before + one * 5 // 2 - sum(path.stat().st_size for path in blobs.iterdir())
-
-    monkeypatch.setattr(store, "free_bytes", free_bytes)
+    # A disk for two and a half engines.
+    let_free(monkeypatch, lambda: before + one * 5 // 2 - taken(store))
     with range_server(tmp_path) as server:
         device.controller._settings = DesiredSettings(sources=[server.url])
         for generation, (bundle, digest) in enumerate(made, start=1):
@@ -625,7 +624,33 @@ async def test_neither_the_active_engine_nor_one_of_the_devices_own_makes_way(
     local = push_locally(device, tmp_path, "mine")
     device.desire(1, first, source(server, "first"))
     await device.uplink.until_phase("CONVERGED")
-    monkeypatch.setattr(device.manager.store, "free_bytes", lambda: 1000)
+    let_free(monkeypatch, lambda: 1000)
     device.desire(2, second, source(server, "second"))
     assert "are free on the device's disk" in (await device.uplink.until_phase("REFUSED")).error
     assert [engine.digest for engine in device.manager.engines()] == [local, first]
+
+
+@pytest.mark.parametrize("what", ["weights", "manifest", "config"])
+async def test_a_file_that_rots_on_the_disk_is_found_and_fetched_again_while_the_engine_goes_on(
+    device, server, layouts, what
+):
+    _, first, _ = layouts
+    manager = device.manager
+    device.desire(1, first, source(server, "first"))
+    await device.uplink.until_phase("CONVERGED")
+    running, manifest = manager.running, manager.find(first).manifest
+    weights = max(manifest.layers, key=lambda layer: layer.size_bytes)
+    digests = {"weights": weights.digest, "manifest": first, "config": manifest.config.digest}
+    path = manager.store.blob_path(digests[what])
+    path.chmod(0o600)
+    with path.open("r+b") as file:
+        file.write(b"rotten")
+    scrubber = Scrubber(manager.store, StoreSettings(), lambda: [manifest], manager.library.damaged)
+    await scrubber.scrub()
+    await device.uplink.until(lambda: ("FETCHED", "desired", 1) in device.told[2:])
+    await device.uplink.until_phase("CONVERGED")
+    assert [what for what, _, _ in device.told[3:]] == ["DAMAGED", "FETCHED", "ACTIVATED"]
+    manager.store.verify(manager.find(first).manifest)
+    linked = manager.store.link(manifest) / weights.title
+    assert linked.read_bytes() == manager.store.blob_path(weights.digest).read_bytes()
+    assert manager.running is running

@@ -9,6 +9,7 @@ from paho.mqtt.enums import CallbackAPIVersion
 
 from edgellm.fleet.topics import encode
 from edgellm.v1 import fleet_pb2
+from edgellm_agent.access.fleet import Fleet
 from edgellm_agent.desired.commands import Commands
 from edgellm_agent.desired.controller import DesiredController
 from edgellm_agent.desired.settings import CommandSettings, DesiredSettings
@@ -63,7 +64,10 @@ async def test_a_device_that_was_away_converges_when_it_returns(broker, tmp_path
         await asyncio.to_thread(send, broker, TOPICS.desired, wish, retain=True)
         async with linked(broker, tmp_path / "link") as uplink:
             manager = make_manager(tmp_path / "state")
-            controller = DesiredController(DesiredSettings(sources=[server.url]), manager, uplink)
+            controller = DesiredController(
+                DesiredSettings(sources=[server.url]), manager, uplink, Fleet("operator")
+            )
+            manager.settle()
             await manager.start()
             controller.start()
             told = await asyncio.to_thread(
@@ -88,7 +92,9 @@ async def test_a_command_is_answered_on_the_devices_own_topic_only(broker, tmp_p
     with listening(broker) as listener:
         async with linked(broker, tmp_path) as uplink:
             settings = CommandSettings(allow=["report"])
-            commands = Commands(settings, {"report": report}, uplink, wall_ns=lambda: NOW_NS)
+            commands = Commands(
+                settings, {"report": report}, uplink, Fleet("operator"), wall_ns=lambda: NOW_NS
+            )
             commands.start()
             await asyncio.to_thread(listener.wait_for, is_state(online=True))
             await asyncio.to_thread(send, broker, TOPICS.command_request, order, retain=False)

@@ -9,14 +9,16 @@ from pathlib import Path
 
 from edgellm.bundle import Bundle, BundleWriter
 from edgellm.fleet.topics import DeviceTopics, encode, envelope
-from edgellm.memory import MemoryPlan
 from edgellm.profiles import load_profile
-from edgellm.v1 import fleet_pb2, worker_pb2
-from edgellm_agent.lifecycle import EngineManager, Policy
+from edgellm.v1 import fleet_pb2
+from edgellm_agent.lifecycle.manager import EngineManager
+from edgellm_agent.lifecycle.rack import Policy
+from edgellm_agent.lifecycle.settings import LifecycleSettings
 from edgellm_agent.memory import MemoryPolicy
 from edgellm_agent.mqtt.base import MessageProperties, OnMessage
 from edgellm_agent.registry import Registry
 from edgellm_agent.store import Store
+from tests.support.still_rack import StillRack
 from tests.support.tiny_bundle import make_config, make_files
 
 NOW_NS = 1_800_000_000_000_000_000
@@ -24,52 +26,15 @@ TOPICS = DeviceTopics("acme", "press", "jetson-01")
 DEADLINE_S = 20.0
 
 
-class StillEngine:
-    """Stands for a running engine where a test is not about running one."""
-
-    def __init__(self, plan: MemoryPlan, failure: Exception | None = None) -> None:
-        self.plan = plan
-        self.state = "serving"
-        self.finished = worker_pb2.Finished()
-        self.finished.usage.completion_tokens = 4
-        self._failure = failure
-
-    def memory_bytes(self) -> tuple[int, int]:
-        return 0, 0
-
-    def submit(self, *_: object) -> StillEngine:
-        if self._failure is not None:
-            raise self._failure
-        return self
-
-    async def __aiter__(self):
-        for token in ():
-            yield token
-
-    async def aclose(self) -> None:
-        pass
-
-    async def drain(self, _deadline_s: float) -> bool:
-        return True
-
-    async def close(self) -> None:
-        self.state = "stopped"
-
-
 class StillManager(EngineManager):
-    """The real manager over engines that stand still; `before_load` may hold an activation up or fail it."""
+    """The real manager over engines that stand still."""
 
-    async def _load(self, stored):
-        before = getattr(self, "before_load", None)
-        if before is not None:
-            await before(stored.digest)
-        return StillEngine(self.plan_for(stored.config))
-
-    async def _reload(self):
-        pass
+    rack_type = StillRack
 
 
-def make_manager(state_dir: Path, kind: type[EngineManager] = StillManager, **runtimes: str) -> EngineManager:
+def make_manager(
+    state_dir: Path, kind: type[EngineManager] = StillManager, *, probation_s: float = 0, **runtimes: str
+) -> EngineManager:
     state_dir.mkdir(parents=True, exist_ok=True)
     profile = load_profile("orin-nano-8gb")
     memory = MemoryPolicy(
@@ -81,7 +46,22 @@ def make_manager(state_dir: Path, kind: type[EngineManager] = StillManager, **ru
         prefill_tokens=64,
     )
     policy = Policy(memory=memory, runtimes=runtimes or {"onnxruntime": "1.30.0"}, architecture="amd64")
-    return kind(store=Store(state_dir), registry=Registry(state_dir / "registry.db"), policy=policy)
+    return kind(
+        Store(state_dir),
+        Registry(state_dir / "registry.db"),
+        policy,
+        settings=LifecycleSettings(probation_s=probation_s),
+    )
+
+
+def install(manager: EngineManager, bundle: Bundle, digest: str) -> str:
+    """What a push over the device's own API does."""
+    manifest = bundle.manifest(digest)
+    manager.begin_push(manifest, bundle.config(manifest))
+    for blob in manifest.blobs():
+        if not manager.store.has(blob.digest):
+            manager.store.put(bundle.blob_path(blob.digest).read_bytes())
+    return manager.commit_push(digest).digest
 
 
 def make_layout(root: Path, **changes: object) -> tuple[Bundle, str]:

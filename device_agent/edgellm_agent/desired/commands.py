@@ -15,8 +15,9 @@ from typing import TypeAlias
 from edgellm.errors import EdgellmError
 from edgellm.fleet.topics import decode
 from edgellm.v1 import fleet_pb2
+from edgellm_agent.access.fleet import Fleet
 from edgellm_agent.desired.settings import CommandName, CommandSettings
-from edgellm_agent.errors import AgentError
+from edgellm_agent.errors import AgentError, DeadlineError, DeniedError, EngineError
 from edgellm_agent.mqtt.base import MessageProperties, Uplink
 
 log = logging.getLogger(__name__)
@@ -28,6 +29,12 @@ LONGEST_VALID_S = 3600
 # Longer than an engine may take to load.
 _DEADLINE_S = 600.0
 _MAX_PAYLOAD_BYTES = 4 << 10
+# What each is in the table of rules.
+METHODS: Mapping[str, str] = {
+    "report": "DeviceService/GetInfo",
+    "restart-engine": "EngineService/Activate",
+    "logs": "DeviceService/WatchLogs",
+}
 # A command is fresh for an hour at most, and eight wait at most: none that is still fresh is forgotten unless
 # more than this come in an hour, and all three may be done twice without harm.
 _REMEMBERED = 1024
@@ -51,6 +58,7 @@ class Commands:
         settings: The names that are allowed.
         actions: What each name does; gives its output.
         uplink: To the fleet.
+        fleet: What the fleet may do here at all.
         wall_ns: Wall clock, nanoseconds since 1970.
     """
 
@@ -59,9 +67,11 @@ class Commands:
         settings: CommandSettings,
         actions: Mapping[CommandName, Action],
         uplink: Uplink,
+        fleet: Fleet,
         *,
         wall_ns: Callable[[], int] = time.time_ns,
     ) -> None:
+        self._fleet = fleet
         self._actions = {str(name): action for name, action in actions.items() if name in settings.allow}
         self._uplink = uplink
         self._wall_ns = wall_ns
@@ -110,6 +120,10 @@ class Commands:
         if command.name not in self._actions:
             allowed = ", ".join(sorted(self._actions))
             return f"the command {command.name!r:.60} is not allowed here; allowed: {allowed}"
+        try:
+            self._fleet.check(METHODS[command.name])
+        except DeniedError as error:
+            return str(error)
         if not command.HasField("expires"):
             return f"expires: must be set, at most {LONGEST_VALID_S} s ahead"
         now_ns = self._wall_ns()
@@ -123,23 +137,27 @@ class Commands:
         # The field is asked too: before Python 3.12, `wait_for` can swallow a cancellation.
         while self._task is not None:
             order = await self._waiting.get()
-            name = order.command.name
             # It may have waited long.
             if refusal := self._refusal(order.command):
                 self._answer(order, error=refusal)
-                continue
-            log.info("command.begins name=%s id=%s", name, order.id)
-            try:
-                output = await asyncio.wait_for(self._actions[name](), _DEADLINE_S)
-            except asyncio.TimeoutError:
-                self._answer(order, error=f"not done within {_DEADLINE_S:g} s")
-            except (AgentError, EdgellmError) as error:
-                self._answer(order, error=str(error))
-            except Exception:
-                log.exception("command.failed name=%s id=%s", name, order.id)
-                self._answer(order, error="the agent failed; its log says more")
             else:
-                self._answer(order, output=output)
+                await self._obey(order)
+
+    async def _obey(self, order: _Order) -> None:
+        name, output = order.command.name, ""
+        failure: Exception | None = None
+        log.info("command.begins name=%s id=%s", name, order.id)
+        try:
+            output = await asyncio.wait_for(self._actions[name](), _DEADLINE_S)
+        except asyncio.TimeoutError:
+            failure = DeadlineError(f"not done within {_DEADLINE_S:g} s")
+        except (AgentError, EdgellmError) as error:
+            failure = error
+        except Exception:
+            log.exception("command.failed name=%s id=%s", name, order.id)
+            failure = EngineError("the agent failed; its log says more")
+        await self._fleet.did(METHODS[name], f"command {name}", failure)
+        self._answer(order, output=output, error=str(failure or ""))
 
     def _remember(self, id_: str) -> None:
         self._seen[id_] = None

@@ -13,16 +13,18 @@ import pydantic
 
 from edgellm.fleet.topics import decode
 from edgellm.v1 import fleet_pb2
+from edgellm_agent.access.fleet import Fleet
 from edgellm_agent.desired import rules
 from edgellm_agent.desired.convergence import Convergence
 from edgellm_agent.desired.settings import DesiredSettings
 from edgellm_agent.events import Happening
-from edgellm_agent.lifecycle import EngineManager
+from edgellm_agent.lifecycle.manager import EngineManager
 from edgellm_agent.mqtt.base import Uplink
 
 log = logging.getLogger(__name__)
 
 _MAX_PAYLOAD_BYTES = 64 << 10
+_RECENT = 50
 _STATE = pydantic.TypeAdapter(rules.State)
 
 
@@ -33,13 +35,17 @@ class DesiredController:
         settings: Allow-list and how to fetch.
         manager: Whose engines these are; its registry keeps the state, its events tell what happens.
         uplink: To the fleet.
+        fleet: What the fleet may do here at all.
     """
 
-    def __init__(self, settings: DesiredSettings, manager: EngineManager, uplink: Uplink) -> None:
+    def __init__(
+        self, settings: DesiredSettings, manager: EngineManager, uplink: Uplink, fleet: Fleet
+    ) -> None:
         self._settings = settings
         self._manager = manager
         self._registry = manager.registry
         self._uplink = uplink
+        self._fleet = fleet
         self._state = rules.State()
         self._told: fleet_pb2.Reported | None = None
         self._work: Convergence | None = None
@@ -56,7 +62,14 @@ class DesiredController:
         """Takes up what the last run left, tells it, and listens."""
         self._state = _parse_state(self._registry.desired())
         self._manager.events.listen(self._heard)
-        self._apply(rules.Restarted(self._registry.active() or "", self._registry.pinned()))
+        active = self._registry.active() or ""
+        proving = self._manager.on_probation(active)
+        self._apply(rules.Restarted(active, self._registry.pinned(), proving, self._given_up(active)))
+        if self._state.phase in {"PROVING", "CONVERGED"} and not self._manager.library.has(
+            self._state.engine
+        ):
+            # Found, and the last run ended before it was told.
+            self._apply(rules.Damaged(self._state.engine))
         self._follow()
         self._uplink.on_message(self._uplink.topics.desired, lambda _topic, payload, _: self.take(payload))
 
@@ -108,12 +121,39 @@ class DesiredController:
     def _heard(self, happening: Happening) -> None:
         if self._closed or not isinstance(happening, fleet_pb2.EngineChanged):
             return
-        if happening.what == "ACTIVATED":
-            self._apply(rules.Activated(happening.engine, local=happening.origin == "local"))
+        active = self._registry.active() or ""
+        if happening.what == "ACTIVATED" and happening.engine == active:
+            proving = self._manager.on_probation(active)
+            self._apply(rules.Activated(active, local=happening.origin == "local", proving=proving))
+        elif happening.what == "COMMITTED":
+            self._apply(rules.Proven(happening.engine))
+        elif happening.what == "ROLLED_BACK" or self._stranded(happening, active):
+            self._apply(rules.RolledBack(happening.engine, active, happening.error))
+        elif happening.what == "DAMAGED":
+            self._apply(rules.Damaged(happening.engine))
         elif happening.what in {"PINNED", "UNPINNED"}:
             self._apply(rules.Pinned(happening.what == "PINNED"))
         else:
             self.publish()
+
+    def _stranded(self, change: fleet_pb2.EngineChanged, active: str) -> bool:
+        """Whether the active engine itself has failed, with no other to go back to."""
+        failed = change.what == "FAILED" and change.engine == active
+        return failed and not self._manager.on_probation(active)
+
+    def _given_up(self, active: str) -> str:
+        """Why the engine of the generation was given up, if the last run ended before it could say so."""
+        engine = self._state.engine
+        if self._state.phase not in {"PROVING", "CONVERGED"}:
+            return ""
+        if engine == active and (self._manager.on_probation(engine) or engine in self._registry.proven()):
+            return ""
+        rows = (row.change for row in self._registry.history(_RECENT) if row.change.engine == engine)
+        # Without another engine to go back to, it is the active one still.
+        last = next(
+            (change for change in rows if change.what in {"ACTIVATED", "ROLLED_BACK", "FAILED"}), None
+        )
+        return "" if last is None or last.what == "ACTIVATED" else last.error
 
     def _apply(self, happening: rules.Happening) -> None:
         after = rules.step(self._state, happening)
@@ -149,8 +189,9 @@ class DesiredController:
                 self._settings,
                 self._manager,
                 self._state,
-                self._apply,
-                lambda: self._asked(generation),
+                tell=self._apply,
+                asked=lambda: self._asked(generation),
+                fleet=self._fleet,
             )
             self._task = asyncio.create_task(self._work.run(), name=f"desired-{generation}")
             self._task.add_done_callback(self._ended)

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from edgellm.errors import BundleError, DoesNotFitError
+from edgellm_agent.access.fleet import Fleet
 from edgellm_agent.desired import rules
 from edgellm_agent.desired.base import SourceError
 from edgellm_agent.desired.settings import DesiredSettings
@@ -20,12 +21,17 @@ from edgellm_agent.errors import (
     BusyError,
     ConflictError,
     DataLossError,
+    DeniedError,
+    HeldError,
     NotFoundError,
     PreconditionError,
     TooLargeError,
+    UnavailableError,
+    UntrustedError,
 )
-from edgellm_agent.lifecycle import EngineManager
-from edgellm_agent.origin import Origin, PinnedError, tell_change
+from edgellm_agent.lifecycle.manager import EngineManager
+from edgellm_agent.origin import Origin, PinnedError
+from edgellm_agent.store import StoreError
 
 if TYPE_CHECKING:
     from edgellm_agent.desired.fetch import Fetcher
@@ -33,7 +39,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _UNEXPECTED = "the agent failed; its log says more"
-_REFUSALS = (PreconditionError, DoesNotFitError, TooLargeError, BundleError)
+# A device that is still pinned does not get to the next attempt; a hold, heat and a disk that fails may pass.
+_PASSING = (BusyError, ConflictError, PinnedError, HeldError, UnavailableError, StoreError)
+# What was changed on disk was dropped: it is fetched again, but not for ever.
+_BAD_FILES = (DataLossError, NotFoundError)
+_REFUSALS = (DeniedError, PreconditionError, DoesNotFitError, TooLargeError, BundleError)
 
 
 class Convergence:
@@ -45,6 +55,7 @@ class Convergence:
         state: Of the rules; names generation, engine and source.
         tell: Takes what became of each attempt.
         asked: Whether the generation is still to be worked for.
+        fleet: What the fleet may do here at all.
     """
 
     def __init__(
@@ -52,9 +63,12 @@ class Convergence:
         settings: DesiredSettings,
         manager: EngineManager,
         state: rules.State,
+        *,
         tell: Callable[[rules.Tried], None],
         asked: Callable[[], bool],
+        fleet: Fleet,
     ) -> None:
+        self._fleet = fleet
         self.generation = state.generation
         self.activating = False
         self._settings = settings
@@ -89,6 +103,8 @@ class Convergence:
     async def _attempt(self, stack: AsyncExitStack) -> tuple[rules.Tried | None, float]:
         """What became of an attempt, None if it went well; and for how long the source wants no other, s."""
         try:
+            for method in ("EngineService/Prepare", "EngineService/Activate"):
+                self._fleet.check(method)
             await self._bring(stack)
         except SourceError as error:
             return self._ended("FAILED" if error.permanent else "RETRYING", str(error)), error.retry_after_s
@@ -99,7 +115,12 @@ class Convergence:
         except Exception:
             log.exception("desired.fetch_failed generation=%d", self.generation)
             return self._ended("RETRYING", _UNEXPECTED), 0
-        return await self._activate(), 0
+        tried = await self._activate()
+        # What was put off, or is no longer asked for, has not been done.
+        if tried is None or tried.phase == "FAILED":
+            failure = None if tried is None else PreconditionError(tried.error)
+            await self._fleet.did("EngineService/Activate", self._engine, failure)
+        return tried, 0
 
     async def _bring(self, stack: AsyncExitStack) -> None:
         """Has the engine whole on the device."""
@@ -122,14 +143,10 @@ class Convergence:
         self._tell(rules.Tried(self.generation, "ACTIVATING"))
         try:
             await self._manager.activate(self._engine, by=self._by)
-        except (BusyError, ConflictError, PinnedError) as error:
-            # A device that is still pinned does not get to the next attempt.
-            return rules.Tried(self.generation, "RETRYING", str(error))
-        except (DataLossError, NotFoundError) as error:
-            # A file was changed on disk, and is dropped: it is fetched again, but not for ever.
-            return rules.Tried(self.generation, "RETRYING", str(error), setback=True)
         except (AgentError, DoesNotFitError) as error:
-            return rules.Tried(self.generation, "FAILED", str(error))
+            return rules.Tried(
+                self.generation, _ending(error), str(error), setback=isinstance(error, _BAD_FILES)
+            )
         except Exception:
             log.exception("desired.activation_failed generation=%d", self.generation)
             return self._ended("FAILED", _UNEXPECTED)
@@ -159,7 +176,8 @@ class Convergence:
     def _ended(self, phase: rules.Ending, error: str) -> rules.Tried:
         if phase in {"FAILED", "REFUSED"}:
             active = self._manager.active_digest() or ""
-            tell_change(self._manager.events, phase, self._engine, self._by, previous=active, error=error)
+            with self._manager.journal.entry(phase, self._engine, self._by, previous=active, error=error):
+                pass
         else:
             log.info("desired.retrying generation=%d error=%s", self.generation, error)
         return rules.Tried(self.generation, phase, error)
@@ -169,6 +187,13 @@ class Convergence:
         pause_s = self._pause_s
         self._pause_s = min(2 * pause_s, self._settings.retry_longest_s)
         return pause_s * random.uniform(0.5, 1.0)  # noqa: S311 - no secret
+
+
+def _ending(error: AgentError | DoesNotFitError) -> rules.Ending:
+    """Who can help an activation that failed."""
+    if isinstance(error, (*_PASSING, *_BAD_FILES)):
+        return "RETRYING"
+    return "REFUSED" if isinstance(error, UntrustedError) else "FAILED"
 
 
 def _import_fetch() -> ModuleType:

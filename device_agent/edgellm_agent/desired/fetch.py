@@ -17,7 +17,7 @@ from edgellm_agent.desired.oci import RegistryAddresses, SourceCredentials
 from edgellm_agent.desired.settings import DesiredSettings
 from edgellm_agent.desired.sources import AllowList, Source
 from edgellm_agent.errors import AgentError, DataLossError, TooLargeError
-from edgellm_agent.lifecycle import EngineManager
+from edgellm_agent.lifecycle.manager import EngineManager
 from edgellm_agent.origin import Origin
 from edgellm_agent.store import Ingest
 from edgellm_agent.threads import in_thread
@@ -77,12 +77,14 @@ class Fetcher:
         """
         manifest = await self._read_manifest()
         config = await self._read_config(manifest)
+        attestations = await self._source.attestations(self._digest)
         try:
-            self._manager.prepare(manifest, config)
+            self._manager.prepare(manifest, config, attestations=attestations)
         except TooLargeError:
             self._make_room(manifest)
-            self._manager.prepare(manifest, config)
-        self._manager.begin_push(manifest, config)
+            self._manager.prepare(manifest, config, attestations=attestations)
+        self._manager.begin_push(manifest, config, attestations=attestations)
+        self._manager.registry.mark_fetched(self._digest)
         self._manifest = manifest
         slots = asyncio.Semaphore(_PARALLEL_BLOBS)
         missing = [blob for blob, _ in self._manager.store.missing(manifest.blobs())]
@@ -93,18 +95,23 @@ class Fetcher:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        self._manager.registry.mark_fetched(self._digest)
         self._manager.commit_push(self._digest, self._by)
 
     def _make_room(self, manifest: EngineManifest) -> None:
-        """Removes engines that the fleet brought before, oldest first, until this one has disk space."""
+        """Removes engines that the fleet brought before, oldest first, until this one has disk space.
+
+        First those of which only a part has come: nobody wants them any more.
+        """
         manager, store = self._manager, self._manager.store
 
         def lacking_bytes() -> int:
-            missing = store.missing(manifest.blobs())
-            return sum(blob.size_bytes - offset for blob, offset in missing) - store.free_bytes()
+            return store.lacking_bytes(manifest.blobs()) - store.free_bytes()
 
-        kept = {manager.active_digest(), self._digest}
+        whole = {engine.digest for engine in manager.engines()}
+        kept = {*manager.needed(), self._digest}
+        for digest in manager.registry.fetched():
+            if digest not in kept | whole:
+                manager.remove(digest, self._by)
         sizes = {engine.digest: engine.manifest.size_bytes for engine in manager.engines()}
         removable = [d for d in manager.registry.fetched() if d in sizes and d not in kept]
         if lacking_bytes() > sum(sizes[digest] for digest in removable):

@@ -13,7 +13,16 @@ from edgellm.bundle.digest import is_digest
 from edgellm.v1 import fleet_pb2
 
 Phase: TypeAlias = Literal[
-    "NONE", "FETCHING", "RETRYING", "ACTIVATING", "CONVERGED", "FAILED", "REFUSED", "OVERRIDDEN", "PINNED"
+    "NONE",
+    "FETCHING",
+    "RETRYING",
+    "ACTIVATING",
+    "PROVING",
+    "CONVERGED",
+    "FAILED",
+    "REFUSED",
+    "OVERRIDDEN",
+    "PINNED",
 ]
 Ending: TypeAlias = Literal["RETRYING", "FAILED", "REFUSED"]
 # What SQLite can hold; a fleet that counts by one never comes here.
@@ -41,6 +50,10 @@ class State:
     pinned: bool = False
     active: str = ""
     """Manifest digest of the active engine as far as the rules know; empty if there is none."""
+    proving: bool = False
+    """The active engine is on probation."""
+    damaged: bool = False
+    """Files of the generation's engine are to be fetched again."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +78,37 @@ class Desired:
 
 @dataclass(frozen=True)
 class Activated:
-    """An engine has become the active one: chosen on the device itself (`local`) or by a generation."""
+    """An engine has become the active one: chosen on the device itself (`local`) or by a generation.
+
+    It is on probation (`proving`) until it is Proven, or RolledBack.
+    """
 
     engine: str
     local: bool
+    proving: bool = False
+
+
+@dataclass(frozen=True)
+class Proven:
+    """The engine has passed its probation."""
+
+    engine: str
+
+
+@dataclass(frozen=True)
+class RolledBack:
+    """An engine that was active has failed; the device has gone back, or has nothing to go back to."""
+
+    engine: str
+    active: str
+    error: str
+
+
+@dataclass(frozen=True)
+class Damaged:
+    """Files of an engine were changed on the disk, and dropped; one that runs goes on running."""
+
+    engine: str
 
 
 @dataclass(frozen=True)
@@ -84,6 +124,9 @@ class Restarted:
 
     active: str
     pinned: bool
+    proving: bool = False
+    fault: str = ""
+    """Why the engine of the generation was given up while nobody listened; empty if it was not."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +142,7 @@ class Tried:
     setback: bool = False
 
 
-Happening: TypeAlias = Desired | Activated | Pinned | Restarted | Tried
+Happening: TypeAlias = Desired | Activated | Proven | RolledBack | Damaged | Pinned | Restarted | Tried
 
 
 def working(state: State) -> bool:
@@ -111,15 +154,22 @@ def step(state: State, happening: Happening) -> State:
     """The next state; equal to the old one if the happening changes nothing."""
     match happening:
         case Desired():
-            return _desired(state, happening)
+            then = _desired(state, happening)
         case Activated():
-            return _activated(state, happening)
+            then = _activated(state, happening)
+        case Proven():
+            then = _proven(state, happening)
+        case RolledBack():
+            then = _rolled_back(state, happening)
+        case Damaged():
+            then = _damaged(state, happening)
         case Pinned():
-            return _pinned(state, happening.pinned)
+            then = _pinned(state, happening.pinned)
         case Restarted():
-            return _restarted(state, happening)
+            then = _restarted(state, happening)
         case Tried():
-            return _tried(state, happening)
+            then = _tried(state, happening)
+    return then
 
 
 def reported(state: State) -> fleet_pb2.Reported:
@@ -139,7 +189,8 @@ def _desired(state: State, asked: Desired) -> State:
     if asked.generation < state.generation:
         return state
     if asked.generation > state.generation:
-        fresh = State(asked.generation, asked.engine, asked.source, pinned=state.pinned, active=state.active)
+        fresh = State(asked.generation, asked.engine, asked.source)
+        fresh = replace(fresh, pinned=state.pinned, active=state.active, proving=state.proving)
         return _resumed(fresh)
     if (asked.engine, asked.source) == (state.engine, state.source):
         return state
@@ -151,30 +202,65 @@ def _desired(state: State, asked: Desired) -> State:
 
 
 def _activated(state: State, now: Activated) -> State:
-    state = replace(state, active=now.engine)
+    state = replace(state, active=now.engine, proving=now.proving)
     if not state.generation:
         return state
     if now.engine == state.engine:
-        return replace(state, phase="CONVERGED", error="", overridden=False)
+        return _reached(replace(state, error="", overridden=False, damaged=False))
     if now.local:
         return replace(state, phase="OVERRIDDEN", error="", overridden=True)
     return state
 
 
+def _proven(state: State, now: Proven) -> State:
+    if now.engine != state.active:
+        return state
+    state = replace(state, proving=False)
+    return _reached(state) if state.phase == "PROVING" else state
+
+
+def _rolled_back(state: State, now: RolledBack) -> State:
+    state = replace(state, active=now.active, proving=False)
+    if not state.generation or (now.engine == state.engine and working(state)):
+        return state
+    if now.engine == state.engine:
+        return replace(state, phase="FAILED", error=now.error, overridden=False)
+    # What had replaced the fleet's engine is gone: that one is back.
+    return _reached(replace(state, error="", overridden=False)) if now.active == state.engine else state
+
+
+def _damaged(state: State, found: Damaged) -> State:
+    if found.engine != state.engine or not state.source:
+        return state
+    state = replace(state, damaged=True)
+    return _resumed(state) if state.phase in {"PROVING", "CONVERGED"} else state
+
+
+def _reached(state: State) -> State:
+    """The engine of the generation answers."""
+    return replace(state, phase="PROVING" if state.proving else "CONVERGED")
+
+
 def _pinned(state: State, pinned: bool) -> State:
     before, state = state.pinned, replace(state, pinned=pinned)
     if pinned:
-        return replace(state, phase="PINNED", error="") if working(state) else state
+        return _resumed(state) if working(state) else state
     # To unpin is to give the device back to its fleet, an override included.
-    return _resumed(state) if before and state.phase in {"PINNED", "OVERRIDDEN"} else state
+    given_back = state.phase in {"PINNED", "OVERRIDDEN"} or (state.damaged and state.phase != "FAILED")
+    return _resumed(state) if before and given_back else state
 
 
 def _restarted(state: State, found: Restarted) -> State:
     known, was_pinned = state.active, state.pinned
-    state = replace(state, active=found.active, pinned=found.pinned)
+    state = replace(state, active=found.active, pinned=found.pinned, proving=found.proving)
+    if found.fault:
+        # Given up, and the agent ended before the rules heard of it.
+        return _rolled_back(state, RolledBack(state.engine, found.active, found.fault))
     if found.active != known:
-        # Committed, and the agent ended before the rules heard of it.
-        return _activated(state, Activated(found.active, local=True))
+        # Activated, and the same.
+        return _activated(state, Activated(found.active, local=True, proving=found.proving))
+    if state.phase in {"PROVING", "CONVERGED"}:
+        return _resumed(state)
     if was_pinned and not found.pinned:
         return _pinned(replace(state, pinned=True), pinned=False)
     if state.phase == "ACTIVATING":
@@ -202,6 +288,7 @@ def _setback(state: State, error: str) -> State:
 def _resumed(state: State) -> State:
     """The state's generation is to be reached, if the device is not there and not pinned."""
     state = replace(state, error="", overridden=False)
-    if state.engine == state.active:
-        return replace(state, phase="CONVERGED")
+    if state.engine == state.active and not (state.damaged and not state.pinned):
+        return _reached(state)
+    # A damaged engine is fetched again while it runs: to activate what answers changes nothing.
     return replace(state, phase="PINNED" if state.pinned else "FETCHING")

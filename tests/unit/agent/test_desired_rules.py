@@ -9,7 +9,18 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from edgellm.v1 import fleet_pb2
 from edgellm_agent.desired import rules
-from edgellm_agent.desired.rules import Activated, Desired, Pinned, Restarted, State, Tried, step
+from edgellm_agent.desired.rules import (
+    Activated,
+    Damaged,
+    Desired,
+    Pinned,
+    Proven,
+    Restarted,
+    RolledBack,
+    State,
+    Tried,
+    step,
+)
 
 A, B, C = (f"sha256:{letter * 64}" for letter in "abc")
 SOURCE = "https://engines.example/fleet"
@@ -160,6 +171,35 @@ def test_what_no_fleet_would_send_is_named(changes, field):
         Desired.from_proto(message)
 
 
+def test_an_engine_that_proves_itself_is_converged_to_and_one_that_fails_is_not_tried_again():
+    proving = after(Desired(3, B, SOURCE), Activated(B, local=False, proving=True))
+    assert (proving.phase, rules.working(proving)) == ("PROVING", False)
+    assert after(Proven(B), state=proving).phase == "CONVERGED"
+    failed = after(RolledBack(B, A, "its worker hung"), state=proving)
+    assert (failed.phase, failed.active, failed.error) == ("FAILED", A, "its worker hung")
+    assert after(Restarted(A, pinned=False), state=failed) == failed
+
+
+def test_an_engine_damaged_on_disk_is_fetched_again_if_the_fleet_said_from_where():
+    converged = after(Desired(3, B, SOURCE), Activated(B, local=False))
+    assert after(Damaged(B), state=converged).phase == "FETCHING"
+    assert after(Damaged(C), state=converged) == converged
+    local = after(Desired(3, B, ""), Activated(B, local=False))
+    assert after(Damaged(B), state=local) == local
+
+
+def test_an_override_that_fails_gives_the_device_back():
+    overridden = after(Desired(3, B, SOURCE), Activated(B, local=False), Activated(C, local=True))
+    back = after(RolledBack(C, B, "its worker hung"), state=overridden)
+    assert (back.phase, back.overridden, back.active) == ("CONVERGED", False, B)
+
+
+def test_an_engine_given_up_while_nobody_listened_is_failed_not_overridden():
+    proving = after(Desired(3, B, SOURCE), Activated(B, local=False, proving=True))
+    state = after(Restarted(A, pinned=False, fault="its worker hung"), state=proving)
+    assert (state.phase, state.overridden) == ("FAILED", False)
+
+
 ENGINES = st.sampled_from([A, B, C])
 
 
@@ -169,7 +209,7 @@ class Device(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.state = State()
-        self.active, self.pinned = "", False
+        self.active, self.pinned, self.proving, self.given_up = "", False, False, ""
         self.asked = {}
 
     @initialize(active=ENGINES)
@@ -188,10 +228,27 @@ class Device(RuleBasedStateMachine):
             self.asked[generation] = engine
         self.happens(Desired(generation, engine, SOURCE))
 
-    @rule(engine=ENGINES)
-    def somebody_activates(self, engine):
-        self.active = engine
-        self.happens(Activated(engine, local=True))
+    @rule(engine=ENGINES, proving=st.booleans())
+    def somebody_activates(self, engine, proving):
+        self.active, self.proving, self.given_up = engine, proving, ""
+        self.happens(Activated(engine, local=True, proving=proving))
+
+    @precondition(lambda self: self.proving)
+    @rule()
+    def the_engine_proves_itself(self):
+        self.proving = False
+        self.happens(Proven(self.active))
+
+    @precondition(lambda self: self.active)
+    @rule(back_to=ENGINES, told=st.booleans())
+    def the_engine_fails(self, back_to, told):
+        reached = self.state.phase in {"PROVING", "CONVERGED"}
+        self.given_up, self.active, self.proving = self.active, back_to, False
+        if told or back_to == self.given_up:
+            self.happens(RolledBack(self.given_up, back_to, "it died"))
+        else:
+            fault = "it died" if reached else ""
+            self.happens(Restarted(back_to, self.pinned, proving=False, fault=fault))
 
     @rule(pinned=st.booleans())
     def somebody_pins(self, pinned):
@@ -211,21 +268,22 @@ class Device(RuleBasedStateMachine):
         self.happens(Tried(self.state.generation, "ACTIVATING"))
         self.commits(self.state.engine)
         if told:
-            self.happens(Activated(self.active, local=False))
+            self.happens(Activated(self.active, local=False, proving=self.proving))
         else:
             self.restarts()
 
     def commits(self, engine):
         assert not self.pinned, "a pinned device is never changed by its fleet"
-        self.active = engine
+        self.active, self.proving, self.given_up = engine, True, ""
 
     @rule()
     def restarts(self):
-        self.happens(Restarted(self.active, self.pinned))
+        self.happens(Restarted(self.active, self.pinned, self.proving))
 
     @invariant()
     def it_knows_what_the_registry_knows(self):
-        assert (self.state.active, self.state.pinned) == (self.active, self.pinned)
+        known = (self.state.active, self.state.pinned, self.state.proving)
+        assert known == (self.active, self.pinned, self.proving)
 
     @invariant()
     def the_highest_generation_counts_and_the_first_of_equals(self):
@@ -239,7 +297,11 @@ class Device(RuleBasedStateMachine):
         assert (state.phase == "NONE") == (state.generation == 0)
         assert not (rules.working(state) and state.pinned)
         if state.generation:
-            assert (state.phase == "CONVERGED") == (state.active == state.engine)
+            reached = state.phase in {"PROVING", "CONVERGED"}
+            # An engine that has failed may still be the active one: there was none to go back to.
+            failed = state.phase == "FAILED" and self.given_up == state.engine
+            assert (state.active == state.engine) == (reached or (failed and state.active == state.engine))
+            assert not reached or (state.phase == "PROVING") == state.proving
         assert state.overridden == (state.phase == "OVERRIDDEN")
         assert state.phase != "PINNED" or state.pinned
         assert bool(state.error) == (state.phase in {"RETRYING", "FAILED", "REFUSED"})
@@ -249,7 +311,7 @@ class Device(RuleBasedStateMachine):
         state = self.state
         if rules.working(state):
             done = after(Tried(state.generation, "ACTIVATING"), Activated(state.engine, False), state=state)
-            assert done == replace(state, phase="CONVERGED", active=state.engine, error="")
+            assert done == replace(state, phase="CONVERGED", active=state.engine, error="", proving=False)
 
 
 Device.TestCase.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
