@@ -24,6 +24,8 @@ def free_port() -> int:
 
 def http_settings(port: int, **options: object) -> str:
     """Lines of an agent's TOML file."""
+    if not options.keys() & {"api_key", "api_key_file"}:
+        options["open"] = True
     lines = [f'[http]\nlisten = "127.0.0.1:{port}"']
     lines += [f"{name} = {json.dumps(value)}" for name, value in options.items()]
     return "\n".join(lines)

@@ -2,33 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from edgellm_agent.access.settings import AccessSettings
 from edgellm_agent.engine.supervisor import SupervisedEngine
 from edgellm_agent.errors import UnavailableError
 from edgellm_agent.http.answers import ChatFormat, Format, Head, Json, TextFormat
 from edgellm_agent.http.errors import HANDLERS, ApiError
-from edgellm_agent.http.guard import Bodies, Guard
+from edgellm_agent.http.guard import Bodies, Guard, open_key
 from edgellm_agent.http.metrics import Metrics
 from edgellm_agent.http.schema import ChatRequest, Common, CompletionRequest, parse
 from edgellm_agent.http.settings import HttpSettings
 from edgellm_agent.http.streaming import Answer, StreamedAnswer, WholeAnswer
 from edgellm_agent.http.translate import Translated, translate_chat, translate_completion
-from edgellm_agent.lifecycle import EngineManager
+from edgellm_agent.lifecycle.manager import EngineManager
 from edgellm_agent.telemetry.sampler import Sampler
 
 
 class Api:
-    """What the routes do. It talks to the engine as the gRPC services do, through the manager."""
+    """What the routes do. It talks to the engines as the gRPC services do, through the manager."""
 
-    def __init__(self, manager: EngineManager, sampler: Sampler, settings: HttpSettings) -> None:
+    def __init__(
+        self,
+        manager: EngineManager,
+        sampler: Sampler,
+        settings: HttpSettings,
+        access: AccessSettings | None = None,
+    ) -> None:
         self._manager = manager
         self._metrics = Metrics(manager, sampler)
         self._settings = settings
+        self._access = access or AccessSettings()
         self._bodies = Bodies()
 
     def app(self) -> ASGIApp:
@@ -42,8 +52,7 @@ class Api:
         ]
         app = Starlette(routes=routes, exception_handlers=HANDLERS)
         app.router.redirect_slashes = False
-        key = self._settings.api_key
-        return Guard(app, None if key is None else key.get_secret_value())
+        return Guard(app, open_key(self._settings), self._access)
 
     async def _chat(self, request: Request) -> Response | Answer:
         call = parse(ChatRequest, await self._bodies.read(request))
@@ -76,16 +85,18 @@ class Api:
 
     def _engine(self, model: str) -> SupervisedEngine:
         """The engine for a request; the manager's one refusal is three different ones here."""
-        running = self._manager.running
-        if running is None and self._manager.active_digest() is not None:
-            raise UnavailableError("the active engine is not loaded yet; if that lasts, see the agent's log")
-        if running is not None and model not in ("", running.spec.config.name, running.spec.digest):
-            raise _no_model(model, running.spec.config.name)
+        engines = [loaded.engine for loaded in self._manager.rack.all]
+        if not any(model in (engine.spec.config.name, engine.spec.digest) for engine in engines):
+            if self._manager.running is None and self._manager.active_digest() is not None:
+                raise UnavailableError(
+                    "the active engine is not loaded yet; if that lasts, see the agent's log"
+                )
+            if model and engines:
+                raise _no_model(model, engines)
         return self._manager.engine_for(model)
 
     async def _models(self, request: Request) -> Response:  # noqa: ARG002
-        running = self._manager.running
-        models = [] if running is None else [self._describe(running)]
+        models = [self._describe(loaded.engine) for loaded in self._manager.rack.all]
         return JSONResponse({"object": "list", "data": models})
 
     async def _model(self, request: Request) -> Response:
@@ -101,6 +112,7 @@ class Api:
         }
 
 
-def _no_model(model: str, active: str) -> ApiError:
-    message = f"the active engine is {active}, not {model}"
+def _no_model(model: str, engines: Sequence[SupervisedEngine]) -> ApiError:
+    names = " and ".join(engine.spec.config.name for engine in engines)
+    message = f"no engine {model} answers here, but {names}"
     return ApiError(404, message, param="model", code="model_not_found")

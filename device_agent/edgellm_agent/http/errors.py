@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 _KINDS: tuple[tuple[type[Exception], int, str | None], ...] = (
     (errors.InvalidError, 400, None),
     (errors.TooLargeError, 400, "context_length_exceeded"),
+    (errors.DeniedError, 403, "permission_denied"),
     (errors.NotFoundError, 404, "model_not_found"),
     (errors.BusyError, 429, "rate_limit_exceeded"),
     (errors.UnavailableError, 503, "engine_unavailable"),

@@ -9,7 +9,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from edgellm_agent.http.errors import HANDLERS
-from edgellm_agent.lifecycle import EngineManager
+from edgellm_agent.lifecycle.manager import EngineManager
 from edgellm_agent.telemetry import prometheus
 from edgellm_agent.telemetry.sampler import Sampler
 

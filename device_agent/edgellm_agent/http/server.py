@@ -160,6 +160,10 @@ class BoundedProtocol(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """What is no HTTP gets an answer in the shape of all others."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            # The request whose body broke off is being answered already: its client is as good as gone.
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.abort()
             return

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from edgellm.fleet.topics import NAME_PATTERN, Encoding
+from edgellm_agent.access.settings import RoleName
 from edgellm_agent.mqtt.deadband import DEFAULTS
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
@@ -45,6 +46,8 @@ class MqttSettings(BaseModel):
     # Holds the password alone; a trailing line feed does not count.
     password_file: Path | None = None
     tls: MqttTlsSettings | None = None
+    # What the fleet may do here: the role that each of its wishes and commands is measured by.
+    role: RoleName = "operator"
     tenant: Name = "default"
     group: Name = "default"
     protocol: Literal["5", "3.1.1"] = "5"

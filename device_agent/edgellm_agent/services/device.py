@@ -10,14 +10,18 @@ import psutil
 
 from edgellm.bundle.config import EngineConfig
 from edgellm.v1 import device_pb2, device_pb2_grpc
-from edgellm_agent.errors import InvalidError
-from edgellm_agent.lifecycle import EngineManager
+from edgellm_agent.access.audit import AuditLog
+from edgellm_agent.access.caller import current
+from edgellm_agent.errors import DataLossError, InvalidError
+from edgellm_agent.lifecycle.manager import EngineManager
 from edgellm_agent.logs import LEVELS, LogRing
 from edgellm_agent.services import status
 from edgellm_agent.telemetry.sampler import Sampler
 
 _SHORTEST_INTERVAL_S = 0.1
+_LONGEST_INTERVAL_S = 3600.0
 _LOG_LINES = 100
+_AUDIT_RECORDS = 100
 
 
 @dataclass(frozen=True)
@@ -29,13 +33,21 @@ class Identity:
 
 
 class DeviceServicer(device_pb2_grpc.DeviceServiceServicer):
-    """Info, memory plan, telemetry, log."""
+    """Info, memory plan, telemetry, log, audit log."""
 
-    def __init__(self, identity: Identity, manager: EngineManager, sampler: Sampler, ring: LogRing) -> None:
+    def __init__(
+        self,
+        identity: Identity,
+        manager: EngineManager,
+        sampler: Sampler,
+        ring: LogRing,
+        audit: AuditLog,
+    ) -> None:
         self._identity = identity
         self._manager = manager
         self._sampler = sampler
         self._ring = ring
+        self._audit = audit
 
     @status.unary
     async def GetInfo(
@@ -80,8 +92,9 @@ class DeviceServicer(device_pb2_grpc.DeviceServiceServicer):
         context: status.Context,
     ) -> AsyncGenerator[device_pb2.WatchTelemetryResponse, None]:
         interval_s = request.interval_s or 1.0
-        if not interval_s >= _SHORTEST_INTERVAL_S:
-            raise InvalidError("interval_s", f"must be at least {_SHORTEST_INTERVAL_S}, not {interval_s}")
+        if not _SHORTEST_INTERVAL_S <= interval_s <= _LONGEST_INTERVAL_S:
+            what = f"must lie between {_SHORTEST_INTERVAL_S} and {_LONGEST_INTERVAL_S:.0f}, not {interval_s}"
+            raise InvalidError("interval_s", what)
         async for record in self._sampler.watch(interval_s):
             yield device_pb2.WatchTelemetryResponse(telemetry=record)
 
@@ -99,3 +112,28 @@ class DeviceServicer(device_pb2_grpc.DeviceServiceServicer):
         async with aclosing(self._ring.read(lines, LEVELS[level], follow=request.follow)) as found:
             async for line in found:
                 yield device_pb2.WatchLogsResponse(line=line)
+
+    @status.unary
+    async def WhoAmI(
+        self,
+        request: device_pb2.WhoAmIRequest,
+        context: status.Context,
+    ) -> device_pb2.WhoAmIResponse:
+        caller = current()
+        return device_pb2.WhoAmIResponse(caller=caller.name, role=str(caller.role))
+
+    @status.stream
+    async def ReadAudit(
+        self,
+        request: device_pb2.ReadAuditRequest,
+        context: status.Context,
+    ) -> AsyncGenerator[device_pb2.ReadAuditResponse, None]:
+        limit = request.limit or _AUDIT_RECORDS
+        try:
+            records = await self._audit.last(limit)
+        except OSError as error:
+            raise DataLossError(f"the audit log cannot be read: {error}") from None
+        for record in records:
+            yield device_pb2.ReadAuditResponse(record=record)
+        # Whoever reads shall know whether it can be believed, and have what there is.
+        await self._audit.verify()

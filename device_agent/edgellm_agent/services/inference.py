@@ -6,7 +6,8 @@ import uuid
 from collections.abc import AsyncGenerator
 
 from edgellm.v1 import inference_pb2, inference_pb2_grpc
-from edgellm_agent.lifecycle import EngineManager
+from edgellm_agent.access.caller import current
+from edgellm_agent.lifecycle.manager import EngineManager
 from edgellm_agent.services import status
 
 _LONGEST_NAME = 64
@@ -67,9 +68,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
 
 def _client(context: status.Context) -> str:
-    """Whose call this is: what the client calls itself, or its address, which a Unix socket has not."""
+    """Whose share of the time this takes: the caller's, divided between the names that its clients give."""
+    given = ""
     for key, value in context.invocation_metadata() or ():
         if key == "edgellm-client":
-            return str(value)[:_LONGEST_NAME]
-    # Without the port: a client that calls again is the same one.
-    return str(context.peer()).rpartition(":")[0]
+            given = str(value)[:_LONGEST_NAME]
+    return f"{current().name}/{given}"

@@ -13,7 +13,7 @@ import grpc
 import grpc.aio
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.duration_pb2 import Duration
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
@@ -31,11 +31,14 @@ _DOMAIN = "edgellm"
 _CODES: tuple[tuple[type[Exception], int], ...] = (
     (errors.InvalidError, code_pb2.INVALID_ARGUMENT),
     (BundleError, code_pb2.INVALID_ARGUMENT),
+    (DecodeError, code_pb2.INVALID_ARGUMENT),
     (errors.TooLargeError, code_pb2.RESOURCE_EXHAUSTED),
     (DoesNotFitError, code_pb2.RESOURCE_EXHAUSTED),
     (errors.BusyError, code_pb2.RESOURCE_EXHAUSTED),
     (errors.UnavailableError, code_pb2.UNAVAILABLE),
     (errors.PreconditionError, code_pb2.FAILED_PRECONDITION),
+    (errors.DeniedError, code_pb2.PERMISSION_DENIED),
+    (errors.UnauthenticatedError, code_pb2.UNAUTHENTICATED),
     (errors.NotFoundError, code_pb2.NOT_FOUND),
     (errors.DataLossError, code_pb2.DATA_LOSS),
     (errors.OffsetError, code_pb2.ABORTED),
@@ -120,6 +123,6 @@ def _pack(detail: Message) -> AnyMessage:
 async def _abort(context: Context, error: Exception) -> None:
     if isinstance(error, grpc.aio.AbortError):
         raise error
-    if not isinstance(error, (errors.AgentError, BundleError, DoesNotFitError, sqlite3.Error)):
+    if not isinstance(error, (errors.AgentError, BundleError, DoesNotFitError, sqlite3.Error, DecodeError)):
         log.error("unexpected error in a call", exc_info=error)
     await context.abort_with_status(rpc_status.to_status(to_status(error)))

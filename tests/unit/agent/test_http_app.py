@@ -12,6 +12,9 @@ pytest.importorskip("uvicorn")
 
 from edgellm.v1 import inference_pb2, worker_pb2
 from edgellm_agent import errors
+from edgellm_agent.access import rules
+from edgellm_agent.access.caller import Role
+from edgellm_agent.access.settings import AccessSettings
 from edgellm_agent.http import streaming
 from edgellm_agent.http.app import Api
 from edgellm_agent.http.settings import HttpSettings
@@ -52,6 +55,7 @@ class Manager:
         spec = SimpleNamespace(digest="sha256:0", config=SimpleNamespace(name="tiny"))
         engine = SimpleNamespace(spec=spec, state=state, submit=self.submit)
         self.running = None if state == "none" else engine
+        self.rack = SimpleNamespace(all=[] if self.running is None else [SimpleNamespace(engine=engine)])
 
     def submit(self, request, deadline_s, client):
         self.submitted.append((request, deadline_s, client))
@@ -66,9 +70,9 @@ class Manager:
         return self.running
 
 
-def server(manager, **settings):
-    app = Api(manager, SimpleNamespace(latest=None), HttpSettings(listen="127.0.0.1:1", **settings)).app()
-    return http_server(app)
+def server(manager, access=None, **settings):
+    given = HttpSettings(listen="127.0.0.1:1", open=True, **settings)
+    return http_server(Api(manager, SimpleNamespace(latest=None), given, access).app())
 
 
 async def post(manager, body, **settings):
@@ -198,3 +202,31 @@ async def test_other_paths_and_methods_are_refused_in_the_same_shape():
         ):
             reply = await asyncio.to_thread(ask, port, path, method=method)
             assert (reply.status, reply.error["type"]) == (status, "invalid_request_error")
+
+
+async def test_http_callers_have_so_many_calls_as_one_caller_and_they_come_free_again():
+    wait = asyncio.Event()
+    manager = Manager("a", wait)
+    async with server(manager, AccessSettings(max_calls=1)) as port:
+        asked = asyncio.create_task(asyncio.to_thread(ask, port, "/v1/completions", ASKED))
+        await submitted(manager)
+        for path, body in (("/v1/completions", ASKED), ("/v1/models", None)):
+            reply = await asyncio.to_thread(ask, port, path, body)
+            assert (reply.status, reply.error["code"]) == (429, "rate_limit_exceeded")
+            assert int(reply.headers["retry-after"]) >= 1
+        assert (await asyncio.to_thread(ask, port, "/healthz")).status == 200
+        wait.set()
+        assert (await asked).status == 200
+        assert (await asyncio.to_thread(ask, port, "/v1/completions", ASKED)).status == 200
+    assert len(manager.submitted) == 2
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/models"])
+async def test_the_table_of_rules_holds_for_http_too(monkeypatch, path):
+    for method in ("InferenceService/Generate", "InferenceService/ListModels"):
+        monkeypatch.setitem(rules.RULES, method, rules.Rule(Role.OPERATOR))
+    manager = Manager("a")
+    async with server(manager) as port:
+        reply = await asyncio.to_thread(ask, port, path, None if path.endswith("models") else ASKED)
+    assert (reply.status, reply.error["code"]) == (403, "permission_denied")
+    assert manager.submitted == []

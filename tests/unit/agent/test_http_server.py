@@ -11,9 +11,10 @@ import pytest
 pytest.importorskip("uvicorn")
 
 from starlette.applications import Starlette
-from starlette.responses import JSONResponse, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from edgellm_agent.access.caller import Caller, Role, current
 from edgellm_agent.errors import PreconditionError
 from edgellm_agent.http import server
 from edgellm_agent.http.app import HANDLERS
@@ -250,7 +251,7 @@ async def test_a_stop_takes_no_request_that_has_not_arrived(caplog):
 class TestGuard:
     @pytest.fixture
     async def port(self):
-        async with http_server(Guard(Starlette(routes=APP.routes), "key")) as port:
+        async with http_server(Guard(Starlette(routes=APP.routes), lambda: "key")) as port:
             yield port
 
     @pytest.mark.parametrize("host", ["localhost", "127.0.0.1:8080", "[::1]:8080", "LOCALHOST:1"])
@@ -270,5 +271,25 @@ class TestGuard:
         reply = await asyncio.to_thread(ask, port, "/v1/x", authorization=given)
         assert (reply.status, reply.headers["www-authenticate"]) == (401, "Bearer")
 
+    async def test_what_it_lets_through_is_asked_by_an_app(self):
+        seen = []
+
+        async def note(request):
+            seen.append(current())
+            return Response()
+
+        app = Starlette(routes=[Route("/v1/note", note)])
+        async with http_server(Guard(app, lambda: "key")) as port:
+            await asyncio.to_thread(ask, port, "/v1/note", authorization="Bearer key")
+        assert seen == [Caller("http", Role.APP)]
+
     async def test_the_key_opens(self, port):
         assert (await asyncio.to_thread(ask, port, "/v1/x", authorization="Bearer key")).status == 404
+
+
+async def test_a_body_that_breaks_off_while_its_answer_is_made_is_no_error_of_ours(caplog):
+    broken = request_bytes("/nowhere", b"5\r\n{}   \r\n1\r\n\r\nno chunk\r\n", transfer_encoding="chunked")
+    async with http_server(APP) as port:
+        answer = await asyncio.to_thread(to_end, port, broken)
+    assert answer.startswith((b"HTTP/1.1 400", b"HTTP/1.1 404"))
+    assert not [record for record in caplog.records if record.exc_info]

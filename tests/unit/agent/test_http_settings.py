@@ -9,7 +9,8 @@ import pytest
 
 from edgellm.errors import EdgellmError
 from edgellm_agent.config import load_settings
-from edgellm_agent.http.settings import is_loopback
+from edgellm_agent.http.guard import open_key
+from edgellm_agent.http.settings import HttpSettings, is_loopback
 
 
 def write(tmp_path, text):
@@ -64,3 +65,38 @@ def test_an_agent_without_it_loads_none_of_its_libraries():
     )
     shown = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert shown.stdout == "set()\n"
+
+
+@pytest.mark.parametrize(
+    "keys", ["", "open = true\napi_key = 'x'", "api_key = 'x'\napi_key_file = 'x'", "open = false"]
+)
+def test_it_takes_either_a_key_or_a_word_that_none_is_wanted(tmp_path, keys):
+    with pytest.raises(EdgellmError, match=r"give one of api_key_file .*open = true"):
+        load_settings(write(tmp_path, f"[http]\nlisten = '127.0.0.1:8080'\n{keys}"))
+
+
+def settings_with(key_file):
+    return HttpSettings(listen="127.0.0.1:1", api_key_file=key_file)
+
+
+def test_a_key_in_a_file_is_read_without_the_line_feed_and_again_when_it_changes(tmp_path):
+    file = tmp_path / "key"
+    file.write_text("first\n")
+    file.chmod(0o640)
+    key = open_key(settings_with(file))
+    assert key() == "first"
+    file.write_text("second one\n")
+    assert key() == "second one"
+
+
+@pytest.mark.parametrize(
+    ("content", "mode", "what"),
+    [("", 0o600, "empty"), ("x", 0o644, "open to all"), (None, 0, "cannot be read")],
+)
+def test_a_key_file_of_no_use_is_refused(tmp_path, content, mode, what):
+    file = tmp_path / "key"
+    if content is not None:
+        file.write_text(content)
+        file.chmod(mode)
+    with pytest.raises(ValueError, match=f"api_key_file .*{what}"):
+        open_key(settings_with(file))

@@ -1,0 +1,1 @@
+"""Who may do what: callers, roles, the rule of each method, and the record of what was done."""
