@@ -11,8 +11,13 @@ import select
 import socket
 import struct
 from collections.abc import Iterator
+from typing import TypeVar
+
+from google.protobuf.message import DecodeError
 
 from edgellm.v1 import worker_pb2
+
+_Message = TypeVar("_Message", worker_pb2.ToWorker, worker_pb2.FromWorker)
 
 MAX_FRAME_BYTES = 16 << 20
 _LENGTH = struct.Struct(">I")
@@ -44,7 +49,7 @@ class WorkerChannel:
     def receive(self, timeout_s: float | None, wake_fd: int | None = None) -> list[worker_pb2.ToWorker]:
         """Messages that are there, after waiting for the first one at most so long (None: until one comes).
 
-        Also returns when `wake_fd` is readable. Raises EOFError when the agent is gone.
+        Also returns when `wake_fd` is readable. Raises FrameError, or EOFError when the agent is gone.
         """
         messages = list(self._parse())
         wait: float | None = 0 if messages else timeout_s
@@ -66,15 +71,22 @@ class WorkerChannel:
             end = _LENGTH.size + length
             if len(self._buffer) < end:
                 return
-            yield worker_pb2.ToWorker.FromString(bytes(self._buffer[_LENGTH.size : end]))
+            yield _decoded(worker_pb2.ToWorker, bytes(self._buffer[_LENGTH.size : end]))
             del self._buffer[:end]
 
 
 async def read_from_worker(reader: asyncio.StreamReader) -> worker_pb2.FromWorker:
-    """The next message; raises asyncio.IncompleteReadError when the worker is gone."""
+    """The next message; raises FrameError, or asyncio.IncompleteReadError when the worker is gone."""
     (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
     _check(length)
-    return worker_pb2.FromWorker.FromString(await reader.readexactly(length))
+    return _decoded(worker_pb2.FromWorker, await reader.readexactly(length))
+
+
+def _decoded(kind: type[_Message], payload: bytes) -> _Message:
+    try:
+        return kind.FromString(payload)
+    except DecodeError as error:
+        raise FrameError(f"{len(payload)} bytes are no message: {error}") from None
 
 
 def _check(length: int) -> None:

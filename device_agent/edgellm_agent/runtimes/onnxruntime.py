@@ -20,6 +20,7 @@ from edgellm_agent.runtimes.base import (
     Row,
     StepBatch,
 )
+from edgellm_agent.runtimes.onnx_paths import check_graph
 
 # The first version whose GroupQueryAttention is told how many tokens of a row are not padding.
 _RAGGED_SINCE = Version("1.32")
@@ -97,6 +98,7 @@ class OnnxRuntimeRunner:
                 f"a {kv} KV cache is not supported on the CPU: build with --kv float32 or int8"
             )
         title, self._ragged = _graph(plan.config)
+        check_graph(plan.directory / title)
         try:
             self._session = ort.InferenceSession(
                 str(plan.directory / title), options, providers=["CPUExecutionProvider"]

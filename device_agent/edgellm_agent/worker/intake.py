@@ -103,6 +103,8 @@ class Intake:
                 outcome = self._prepare(arrived.submit, arrived.at)
             except Exception as error:  # noqa: BLE001 - it is this request's outcome
                 outcome = error
+            except BaseException as error:  # noqa: BLE001 - a library's panic must not end the thread of all
+                outcome = RuntimeError(f"{type(error).__name__}: {error}")
             with self._changed:
                 self._outcomes.append((arrived.submit, outcome))
             os.eventfd_write(self.wake_fd, 1)

@@ -22,6 +22,7 @@ _MAX_STOP_BYTES = 256
 _MAX_STOP_TOKENS = 64
 _MAX_BIASES = 1024
 _MAX_TOP_LOGPROBS = 20
+_MAX_MESSAGES = 4096
 _ROLES = ("system", "user", "assistant")
 
 
@@ -46,8 +47,11 @@ class PromptEncoder(Protocol):
     def encode(self, prompt: str) -> list[int]:
         """Token ids of a plain prompt; raises PromptError."""
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of a conversation; raises PromptError."""
+    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """A conversation as text; raises PromptError."""
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Token ids of such a text; raises PromptError."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,7 @@ def parse_request(
     ending = check_ending(request, config)
     constraint = check_constraint(request)
     _check_text(request, model.longest_token_bytes, context_tokens)
-    tokens = _encode(request, model)
+    tokens = _encode(request, model, context_tokens)
     lengths = check_lengths(request, len(tokens), context_tokens)
     return ParsedRequest(
         tokens=tokens,
@@ -203,6 +207,7 @@ def _check_text(
         case "prompt":
             size = len(request.prompt.encode())
         case "chat":
+            _check_count("chat.messages", len(request.chat.messages), _MAX_MESSAGES, "messages")
             for i, message in enumerate(request.chat.messages):
                 if message.role not in _ROLES:
                     what = f"must be one of {', '.join(_ROLES)}, not {message.role!r}"
@@ -210,17 +215,25 @@ def _check_text(
             size = sum(len(message.content.encode()) for message in request.chat.messages)
         case _:
             raise PromptError("input", "set `prompt` or `chat`")
+    _check_size(_input_field(request), size, longest_token_bytes, context_tokens)
+
+
+def _check_size(field: str, size: int, longest_token_bytes: int, context_tokens: int) -> None:
+    """Refuses a text of so many bytes that has more tokens than the context, whatever they are."""
     least_tokens = -(-size // longest_token_bytes)
     # An answer needs a token too.
     if least_tokens >= context_tokens:
         what = f"{size} bytes are at least {least_tokens} tokens, which do not fit into the context of"
-        raise TooLongError(_input_field(request), f"{what} {context_tokens} tokens", least_tokens + 1)
+        raise TooLongError(field, f"{what} {context_tokens} tokens", least_tokens + 1)
 
 
-def _encode(request: inference_pb2.GenerateRequest, model: PromptEncoder) -> list[int]:
+def _encode(request: inference_pb2.GenerateRequest, model: PromptEncoder, context_tokens: int) -> list[int]:
     if request.WhichOneof("input") == "prompt":
         return model.encode(request.prompt)
-    tokens = model.encode_chat([{"role": m.role, "content": m.content} for m in request.chat.messages])
+    text = model.render_chat([{"role": m.role, "content": m.content} for m in request.chat.messages])
+    # A template may make much of little.
+    _check_size("chat", len(text.encode()), model.longest_token_bytes, context_tokens)
+    tokens = model.encode_rendered(text)
     if not tokens:
         raise PromptError("chat.messages", "the model's chat template makes nothing of them")
     return tokens

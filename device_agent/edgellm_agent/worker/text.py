@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from edgellm.bundle.config import EngineConfig
+from edgellm_agent.worker.template import ChatTemplate, TemplateRefusedError
+from edgellm_agent.worker.tokenizer import encoded, load_tokenizer, survives_panic
 
 
 def _bytes_of_characters() -> dict[str, int]:
@@ -72,18 +72,17 @@ class TextModel:
     """Tokenizer and chat template of one engine."""
 
     def __init__(self, directory: Path, config: EngineConfig) -> None:
-        self._tokenizer = Tokenizer.from_file(str(directory / config.files.tokenizer))
+        self._tokenizer = load_tokenizer(directory / config.files.tokenizer)
         self.table = TokenTable(self._tokenizer)
         self._tokens = config.tokens
         self._template = None
         if config.files.chat_template is not None:
-            # A bundle's template is a program from elsewhere: it sees the messages and nothing else.
-            environment = ImmutableSandboxedEnvironment(
-                trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-            )
-            environment.globals["raise_exception"] = _raise_exception
-            source = (directory / config.files.chat_template).read_text(encoding="utf-8")
-            self._template = environment.from_string(source)
+            self._template = _chat_template(directory / config.files.chat_template)
+
+    def close(self) -> None:
+        """Ends the process of the chat template; a later chat starts another."""
+        if self._template is not None:
+            self._template.close()
 
     @property
     def longest_token_bytes(self) -> int:
@@ -92,33 +91,43 @@ class TextModel:
 
     def encode(self, prompt: str) -> list[int]:
         """Token ids of a plain prompt."""
-        ids = self._tokenizer.encode(prompt, add_special_tokens=False).ids
+        ids = self._ids("prompt", prompt)
         if self._tokens.add_bos and self._tokens.bos_id is not None and ids[:1] != [self._tokens.bos_id]:
             ids = [self._tokens.bos_id, *ids]
         if not ids:
             raise PromptError("prompt", "the prompt is empty")
-        return list(ids)
+        return ids
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of a conversation, ready for the assistant's answer."""
+    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """A conversation as the model was taught to read it, ready for the assistant's answer."""
         if self._template is None:
             raise PromptError("chat", "this engine has no chat template; send `prompt` instead")
         if not messages:
             raise PromptError("chat.messages", "a conversation needs at least one message")
+        variables = {
+            "messages": list(messages),
+            "add_generation_prompt": True,
+            "bos_token": self._token(self._tokens.bos_id),
+            "eos_token": self._token(self._tokens.eos_ids[0]),
+        }
         try:
-            text = self._template.render(
-                messages=[dict(m) for m in messages],
-                add_generation_prompt=True,
-                bos_token=self._token(self._tokens.bos_id),
-                eos_token=self._token(self._tokens.eos_ids[0]),
-            )
-        except TemplateError as error:
+            return self._template.render(variables)
+        except TemplateRefusedError as error:
             raise PromptError("chat.messages", f"the model's chat template refused them: {error}") from error
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Token ids of what `render_chat` made; there are none if it made nothing."""
+        return self._ids("chat.messages", text)
 
     def stream(self, stop: Sequence[str] = ()) -> TextStream:
         """A new stream for one answer."""
         return TextStream(self._tokenizer, stop)
+
+    def _ids(self, field: str, text: str) -> list[int]:
+        try:
+            return encoded(self._tokenizer, text)
+        except ValueError as error:
+            raise PromptError(field, f"the model's tokenizer refused it: {error}") from error
 
     def _token(self, token_id: int | None) -> str:
         return "" if token_id is None else (self._tokenizer.id_to_token(token_id) or "")
@@ -152,12 +161,14 @@ class TextStream:
         return text
 
     def _decoded(self, token: int) -> str:
-        try:
-            return self._decoder.step(self._tokenizer, token) or ""
-        except Exception:  # noqa: BLE001 - the library raises nothing more exact
-            # Bytes that make no character (byte-fallback tokenizers) confuse it for good: begin anew.
-            self._decoder = DecodeStream(skip_special_tokens=True)
-            return self._decoder.step(self._tokenizer, token) or ""
+        for _ in range(2):
+            try:
+                with survives_panic():
+                    return self._decoder.step(self._tokenizer, token) or ""
+            except Exception:  # noqa: BLE001, PERF203 - the library raises nothing more exact
+                # Bytes that make no character (byte-fallback tokenizers) confuse it for good: begin anew.
+                self._decoder = DecodeStream(skip_special_tokens=True)
+        return ""
 
     def finish(self) -> str:
         """What was held back, once no more tokens come."""
@@ -173,5 +184,8 @@ class TextStream:
         return 0
 
 
-def _raise_exception(message: str) -> None:
-    raise TemplateError(message)
+def _chat_template(path: Path) -> ChatTemplate:
+    try:
+        return ChatTemplate(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"the bundle's chat template {path.name} is not usable: {error}") from error
