@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
 MODEL := .edgellm/models/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: help demo test check proto bench soak lock model clean
+.PHONY: help demo test check proto bench soak fuzz lock model clean
 .DEFAULT_GOAL := help
 
 help:
@@ -13,7 +13,9 @@ help:
 	@echo "make test    all tests"
 	@echo "make check   lint, format, types, import rules, freshness of generated code"
 	@echo "make bench   speed and memory beside the peers (compiles llama.cpp first, 5 minutes)"
-	@echo "make soak    ten minutes of random requests, cancels and memory pressure; checks every answer"
+	@echo "make soak    200 kills of the agent while it changes engines; then ten minutes of random requests, cancels and"
+	@echo "             memory pressure; checks every answer"
+	@echo "make fuzz    100,000 hostile inputs, and what came of them"
 	@echo "make proto   generates sdk/edgellm/v1 from proto/"
 	@echo "make lock    renews the locked environments in requirements/"
 	@echo "make clean   removes the environments and caches, not your engines"
@@ -61,9 +63,15 @@ bench: .venv-bench/.stamp $(MODEL)
 	.venv-bench/bin/python -m benchmarks --model $(MODEL)
 
 SOAK_MINUTES ?= 10
+SOAK_KILLS ?= 200
 soak: $(BIN)/.stamp $(MODEL)
+	$(BIN)/python -m tests.soak.kills --kills $(SOAK_KILLS)
 	$(BIN)/edgellm build $(MODEL) --precision int8 --output .edgellm/soak/int8.bundle
 	$(BIN)/python -m tests.soak.traffic --bundle .edgellm/soak/int8.bundle --minutes $(SOAK_MINUTES)
+
+FUZZ_INPUTS ?= 100000
+fuzz: $(BIN)/.stamp
+	$(BIN)/python -m tests.fuzz --inputs $(FUZZ_INPUTS)
 
 lock: $(BIN)/.stamp
 	scripts/lock.sh

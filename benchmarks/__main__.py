@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import daemon, graph, idle, memory, push, sampler, serving, serving_alone
+from benchmarks import daemon, graph, idle, memory, push, sampler, serving, serving_alone, start
 from benchmarks.inputs import Inputs
 from benchmarks.machine import describe
 from benchmarks.report import Failure, Report, Row, Skipped
@@ -21,6 +21,7 @@ BENCHMARKS: dict[str, Callable[[Inputs], Sequence[Row | Skipped]]] = {
     "daemon": daemon.daemon_cost,
     "idle": idle.idle_agent,
     "push": push.push_rate,
+    "start": start.start,
     "memory": memory.worker_memory,
     "serving-int8": serving.int8,
     "serving-int4": serving.int4,

@@ -48,7 +48,7 @@ class AgentProcess:
             with contextlib.suppress(EdgellmError), Client(self.target, timeout_s=2) as client:
                 client.info()
                 return
-            time.sleep(0.1)
+            time.sleep(0.02)
         raise RuntimeError(f"the agent did not start: {self._log.read_text('utf-8', 'replace')[-500:]}")
 
 

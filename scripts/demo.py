@@ -1,4 +1,4 @@
-"""The main job on this machine, through the real programs: build, push, generate, telemetry, heat.
+"""The main job on this machine, through the real programs: build, sign, push, generate, telemetry, heat.
 
 An agent here simulates an Orin Nano 8 GB: it enforces that board's memory limit, and in the last act reads
 heat and power from a replayed recording; the speed is this machine's.
@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,11 +28,17 @@ from rich.table import Table
 
 from edgellm.bundle import Bundle
 from edgellm.client import Client, Completion, Message
+from edgellm.signing.keys import keys_dir
 
 DEVICE = "jetson-01"
 PROFILE = "orin-nano-8gb"
+NAME = "smollm2-135m-instruct"
+KEY = "demo-key"
 QUESTION = "Why do electronic devices need a heat sink? Answer in two sentences."
 START_S = 30.0
+# On a board two minutes, by default.
+PROBATION_S = 3
+COMMIT_S = 30.0
 WIDEST = 320
 
 
@@ -44,16 +51,19 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     os.environ["EDGELLM_HOME"] = str(arguments.work.resolve())
-    bundle = build(arguments.model, arguments.work / "smollm2-int4.bundle")
+    built = arguments.work / "smollm2-int4.bundle"
+    bundle = build(arguments.model, built)
     with (
         tempfile.TemporaryDirectory(prefix="edgellm-demo-") as scratch,
         running_broker() as broker,
         listening(broker) as heard,
     ):
         with running_agent(Path(scratch), broker) as target, Client(target) as client:
-            push(target)
+            know(target)
+            push(client, sign(built))
+            before = heard.generated_tokens()
             completion = chat(client)
-            show_telemetry(heard, broker)
+            show_telemetry(heard, broker, before)
         first_run = heard.latest_run()
         # It finds its engine again by itself.
         with running_agent(Path(scratch), broker, excerpt(Path(scratch))) as target, Client(target) as client:
@@ -65,17 +75,46 @@ def build(model: Path, target: Path) -> Bundle:
     """Builds the INT4 engine unless it is there from an earlier run."""
     step("Build an INT4 engine from the checkpoint")
     if not target.exists():
-        what = ("--precision", "int4", "--profile", PROFILE, "--name", "smollm2-135m-instruct")
+        what = ("--precision", "int4", "--profile", PROFILE, "--name", NAME)
         edgellm("build", str(model), *what, "--output", str(target))
     edgellm("inspect", str(target))
     return Bundle.open(target)
 
 
-def push(target: str) -> None:
-    """Makes the device known under its name, and brings the engine there."""
-    step(f"Push it to {DEVICE}: an agent on this machine with the memory of an {PROFILE}")
+def know(target: str) -> None:
+    """Makes the device known under its name, and has it trust one key."""
+    step(f"Have {DEVICE} trust a key: an agent on this machine with the memory of an {PROFILE}")
     edgellm("device", "add", DEVICE, target)
-    edgellm("push", "engine", "--device", DEVICE)
+    if not (keys_dir() / f"{KEY}.key").exists():
+        edgellm("key", "generate", KEY)
+    edgellm("key", "trust", KEY, "--device", DEVICE)
+
+
+def sign(built: Path) -> Path:
+    """Shows that the engine is refused as it was built; gives a signed copy of its bundle.
+
+    A copy, so that the next run finds it unsigned again.
+    """
+    step("Push it: refused, since nobody stands for it yet. Sign it")
+    edgellm("push", "engine", str(built), "--device", DEVICE, refused=True)
+    signed = built.with_name("release-1.bundle")
+    shutil.rmtree(signed, ignore_errors=True)
+    console.print(f"[bold]$ cp -r {built} {signed}[/]")
+    shutil.copytree(built, signed)
+    edgellm("sign", str(signed), "--key", KEY, "--release", "1")
+    return signed
+
+
+def push(client: Client, signed: Path) -> None:
+    """Brings the engine to the device, and waits until it has proven itself there."""
+    step(f"Push it again; it answers at once, and is watched for {PROBATION_S} s before it is relied on")
+    edgellm("push", "engine", str(signed), "--device", DEVICE)
+    deadline = time.monotonic() + COMMIT_S
+    while not any(engine.active and engine.state == "COMMITTED" for engine in client.engines()):
+        if time.monotonic() > deadline:
+            sys.exit(f"error: the engine was not committed within {COMMIT_S:.0f} s")
+        time.sleep(0.1)
+    edgellm("engine", "history", "--device", DEVICE)
 
 
 def chat(client: Client) -> Completion:
@@ -102,6 +141,7 @@ def running_agent(scratch: Path, broker: Broker, settings: str = "") -> Iterator
         f'[mqtt]\nhost = "{broker.host}"\nport = {broker.port}\nprotocol = "{broker.protocols[0]}"\n'
         # No deadband: every record comes, not only those that say something new.
         "max_silence_s = 0\n"
+        f"[lifecycle]\nprobation_s = {PROBATION_S}\n"
     )
     log = scratch / "agent.log"
     with log.open("wb") as out:
@@ -122,9 +162,9 @@ def running_agent(scratch: Path, broker: Broker, settings: str = "") -> Iterator
             agent.wait()
 
 
-def show_telemetry(heard: Heard, broker: Broker) -> None:
-    """Shows the last message of each topic, as it came but for its length."""
-    heard.runtime()
+def show_telemetry(heard: Heard, broker: Broker, before: int) -> None:
+    """Shows the last message of each topic, as it came but for its length, once the answer was counted."""
+    heard.wait_for_tokens(before)
     step(f"What the device reported over MQTT ({broker.kind}, MQTT {broker.protocols[0]})")
     for topic, payload in sorted(heard.by_topic.items()):
         data = next(part for part in json.loads(payload).values() if isinstance(part, dict))
@@ -207,11 +247,13 @@ def program(name: str) -> str:
     return str(Path(sys.executable).parent / name)
 
 
-def edgellm(*arguments: str) -> None:
-    """Runs the CLI as a person would; ends the demo if it fails."""
+def edgellm(*arguments: str, refused: bool = False) -> None:
+    """Runs the CLI as a person would; ends the demo if that fails, or is not refused where it should be."""
     console.print(f"[bold]$ edgellm {' '.join(arguments)}[/]", soft_wrap=True)
     result = subprocess.run([program("edgellm"), *arguments], check=False)
-    if result.returncode != 0:
+    if refused and result.returncode == 0:
+        sys.exit("error: that should have been refused")
+    if not refused and result.returncode != 0:
         sys.exit(result.returncode)
 
 

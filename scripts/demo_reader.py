@@ -50,12 +50,21 @@ class Heard:
                 if event.run > after_run:
                     yield event
 
-    def runtime(self) -> telemetry_pb2.Telemetry:
-        """Waits for a record that knows of the answer just generated."""
+    def generated_tokens(self) -> int:
+        """Tokens that the device says it has generated so far; its engine's first try counts, too."""
         with self.news:
-            if not self.news.wait_for(lambda: self._latest().runtime.generated_tokens_total > 0, TELEMETRY_S):
+            return self._latest().runtime.generated_tokens_total
+
+    def wait_for_tokens(self, before: int) -> None:
+        """Waits for a record that knows of the whole of an answer generated since."""
+
+        def told() -> bool:
+            runtime = self._latest().runtime
+            return runtime.generated_tokens_total > before and not runtime.running_sequences
+
+        with self.news:
+            if not self.news.wait_for(told, TELEMETRY_S):
                 sys.exit("error: no telemetry came over MQTT")
-            return self._latest()
 
     def _latest(self) -> telemetry_pb2.Telemetry:
         payload = next((p for t, p in self.by_topic.items() if t.endswith("/tele/runtime")), None)

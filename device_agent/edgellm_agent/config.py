@@ -19,11 +19,15 @@ from pydantic_settings import (
 
 from edgellm.errors import EdgellmError
 from edgellm.memory import PREFILL_TOKENS
+from edgellm_agent.access.settings import AccessSettings, TlsSettings, check_listen
 from edgellm_agent.desired.settings import CommandSettings, DesiredSettings
 from edgellm_agent.governor.settings import GovernorSettings
-from edgellm_agent.http.settings import HttpSettings, LoopbackAddress, MetricsSettings
+from edgellm_agent.http.settings import Address, HttpSettings, MetricsSettings
+from edgellm_agent.lifecycle.settings import LifecycleSettings
 from edgellm_agent.mqtt.settings import MqttSettings
+from edgellm_agent.store.settings import StoreSettings
 from edgellm_agent.telemetry.detect import source_setting
+from edgellm_agent.trust.settings import TrustSettings
 
 DeviceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
@@ -45,9 +49,11 @@ class AgentSettings(BaseSettings):
     )
     state_dir: Path = Field(default=Path("/var/lib/edgellm"), description="engines, registry, counters")
     socket: Path = Field(default=Path("/run/edgellm/agent.sock"), description="Unix socket of the gRPC API")
-    listen: LoopbackAddress | None = Field(
-        default=None, description="loopback address for the API too, for example 127.0.0.1:7077"
+    listen: Address | None = Field(
+        default=None, description="address for the API too, with [tls], for example 0.0.0.0:7077"
     )
+    tls: TlsSettings | None = None
+    access: AccessSettings = AccessSettings()
     headroom_bytes: int | None = Field(
         default=None, ge=0, description="memory left to others; default: the profile's"
     )
@@ -74,6 +80,9 @@ class AgentSettings(BaseSettings):
         default="auto", description="auto, sysfs, host, jtop, or replay:FILE[?speed=N]"
     )
     telemetry_interval_s: float = Field(default=1.0, ge=0.1, le=3600)
+    store: StoreSettings = StoreSettings()
+    lifecycle: LifecycleSettings = LifecycleSettings()
+    trust: TrustSettings = TrustSettings()
     governor: GovernorSettings = GovernorSettings()
     mqtt: MqttSettings | None = None
     desired: DesiredSettings = DesiredSettings()
@@ -85,6 +94,11 @@ class AgentSettings(BaseSettings):
     def _fleet_needs_a_broker(self) -> AgentSettings:
         if self.mqtt is None and (self.desired.sources or self.commands.allow):
             raise ValueError("desired and commands come over MQTT: set mqtt.host too")
+        return self
+
+    @model_validator(mode="after")
+    def _a_port_needs_tls(self) -> AgentSettings:
+        check_listen(self.listen, self.tls)
         return self
 
     @classmethod

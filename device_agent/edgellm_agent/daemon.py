@@ -14,14 +14,17 @@ from importlib import metadata
 from typing import TYPE_CHECKING
 
 from edgellm_agent import parts
+from edgellm_agent.access.audit import AuditLog
+from edgellm_agent.access.fleet import Fleet
 from edgellm_agent.config import AgentSettings
 from edgellm_agent.desired.commands import Commands
 from edgellm_agent.desired.controller import DesiredController
 from edgellm_agent.events import Events
 from edgellm_agent.governor.controller import GovernorLoop
-from edgellm_agent.lifecycle import EngineManager
+from edgellm_agent.lifecycle.manager import EngineManager
 from edgellm_agent.logs import LogRing, recording
 from edgellm_agent.mqtt.publisher import MqttPublisher
+from edgellm_agent.sd_notify import SystemdNotifier
 from edgellm_agent.services.device import DeviceServicer, Identity
 from edgellm_agent.services.engines import EngineServicer
 from edgellm_agent.services.inference import InferenceServicer
@@ -43,9 +46,14 @@ async def run(settings: AgentSettings) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    async with running(settings):
+    notifier = SystemdNotifier()
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(notifier.close)
+        await stack.enter_async_context(running(settings))
+        notifier.ready()
         await stop.wait()
         log.info("stopping")
+        notifier.stopping()
 
 
 @contextlib.asynccontextmanager
@@ -53,10 +61,16 @@ async def running(settings: AgentSettings) -> AsyncIterator[EngineManager]:
     """A running agent, for as long as the context lasts."""
     parts.check_files(settings)
     identity, events = Identity(settings.device, metadata.version("edgellm")), Events()
-    manager = parts.manager(settings, events)
+    trust = parts.trust(settings)
+    manager = parts.manager(settings, events, trust)
     async with contextlib.AsyncExitStack() as stack:
         ring = stack.enter_context(recording())
+        audit = AuditLog(settings.state_dir / "audit")
+        await audit.start()
+        stack.push_async_callback(audit.close)
+        stack.push_async_callback(trust.close)
         stack.push_async_callback(manager.close)
+        trust.start()
         source = open_source(settings.telemetry_source, settings.root)
         # Off the loop: a helper process may take a second to end.
         stack.push_async_callback(asyncio.to_thread, source.close)
@@ -72,7 +86,11 @@ async def running(settings: AgentSettings) -> AsyncIterator[EngineManager]:
         server = Server(
             InferenceServicer(manager),
             EngineServicer(manager),
-            DeviceServicer(identity, manager, sampler, ring),
+            DeviceServicer(identity, manager, sampler, ring, audit),
+            parts.trust_servicer(trust, manager),
+            access=settings.access,
+            certificates=parts.certificates(settings),
+            audit=audit,
         )
         manager.on_change = _Changes(server, manager, governor, uplink).tell
         sampler.start()
@@ -83,6 +101,8 @@ async def running(settings: AgentSettings) -> AsyncIterator[EngineManager]:
         if uplink is not None:
             events.listen(uplink.happened)
             stack.push_async_callback(uplink.close)
+        # Before anybody can ask for another activation.
+        manager.settle()
         # While the last requests run, the board is still governed, and the fleet still hears of it.
         await _listen(stack, settings, server, manager, sampler)
         # Sent away first: calls that watch would otherwise use up the grace of those that compute.
@@ -95,8 +115,11 @@ async def running(settings: AgentSettings) -> AsyncIterator[EngineManager]:
         starting = asyncio.create_task(manager.start())
         starting.add_done_callback(_log_failure)
         stack.push_async_callback(_end, starting)
+        scrubber = parts.scrubber(settings, manager)
+        scrubber.start()
+        stack.push_async_callback(scrubber.close)
         if uplink is not None:
-            _obey(stack, settings, manager, uplink, ring)
+            _obey(stack, settings, manager=manager, uplink=uplink, ring=ring, audit=audit)
         stack.callback(manager.leave)
         yield manager
 
@@ -137,7 +160,7 @@ async def _listen(
     await server.start(settings.socket, settings.listen)
     listening.append(server)
     if settings.http is not None:
-        http = parts.http_server(settings.http, manager, sampler)
+        http = parts.http_server(settings.http, manager, sampler, settings.access)
         await http.start()
         listening.append(http)
     if settings.metrics is not None:
@@ -149,12 +172,15 @@ async def _listen(
 def _obey(
     stack: contextlib.AsyncExitStack,
     settings: AgentSettings,
+    *,
     manager: EngineManager,
     uplink: MqttPublisher,
     ring: LogRing,
+    audit: AuditLog,
 ) -> None:
     """Does what the fleet desires, and the commands that the settings list."""
-    desired = DesiredController(settings.desired, manager, uplink)
+    fleet = Fleet("operator" if settings.mqtt is None else settings.mqtt.role, audit)
+    desired = DesiredController(settings.desired, manager, uplink, fleet)
 
     async def report() -> str:
         desired.publish(again=True)
@@ -171,7 +197,7 @@ def _obey(
         )
 
     commands = Commands(
-        settings.commands, {"report": report, "restart-engine": restart, "logs": logs}, uplink
+        settings.commands, {"report": report, "restart-engine": restart, "logs": logs}, uplink, fleet
     )
     for part in (desired, commands):
         part.start()

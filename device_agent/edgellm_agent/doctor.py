@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
+import json
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +30,7 @@ from edgellm_agent.telemetry.sysfs import board_name, l4t_release
 _PATIENCE_S = 20.0
 # Healthy sensors answer in milliseconds.
 _READ_S = 2.0
+_SANDBOX_S = 20.0
 State = Literal["ok", "absent", "missing"]
 
 
@@ -70,6 +73,8 @@ class Diagnosis:
     # Of the source as a whole; empty if there is none.
     problem: str
     findings: tuple[Finding, ...]
+    # What confines the engine's worker here.
+    sandbox: str = ""
 
     @property
     def healthy(self) -> bool:
@@ -210,7 +215,23 @@ def diagnose(source: Source, reading: Reading, root: Path) -> Diagnosis:
     """Tell what was read of a source, and why the rest was not."""
     findings = tuple(_finding(figure, source, reading, root) for figure in FIGURES)
     problem = source.failure if isinstance(source, JtopSource) else ""
-    return Diagnosis(source.name, board_name(root), l4t_release(root), problem, findings)
+    return Diagnosis(source.name, board_name(root), l4t_release(root), problem, findings, _sandbox())
+
+
+def _sandbox() -> str:
+    """What holds in the worker's sandbox: tried in a process of its own, which it cannot leave again."""
+    command = [sys.executable, "-m", "edgellm_agent.worker.sandbox"]
+    try:
+        found = json.loads(
+            subprocess.run(command, capture_output=True, timeout=_SANDBOX_S, check=True).stdout
+        )
+    except (subprocess.SubprocessError, OSError, ValueError) as error:
+        return f"cannot be tried: {error}"
+    layers = [
+        f"Landlock {found['landlock_abi']}" if found["landlock_abi"] else "no Landlock",
+        "system calls filtered" if found["system_calls"] else "system calls not filtered",
+    ]
+    return "; ".join([*layers, *found["problems"]])
 
 
 def _finding(figure: Figure, source: Source, reading: Reading, root: Path) -> Finding:
@@ -303,6 +324,7 @@ def report(diagnosis: Diagnosis, *, as_json: bool) -> None:
             ("source", diagnosis.source),
             ("board", diagnosis.board or "no Jetson"),
             ("L4T", diagnosis.l4t or "-"),
+            ("sandbox", diagnosis.sandbox),
             *([("problem", diagnosis.problem)] if diagnosis.problem else []),
         ]
     )

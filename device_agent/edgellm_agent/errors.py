@@ -52,6 +52,22 @@ class PreconditionError(AgentError):
     """The device is not in a state, or not of a kind, in which this can be done."""
 
 
+class UntrustedError(PreconditionError):
+    """No trusted key stands for the engine, or not for this one, here, now."""
+
+
+class HeldError(PreconditionError):
+    """Somebody holds the engines that run."""
+
+
+class DeniedError(AgentError):
+    """The caller's role does not allow this."""
+
+
+class UnauthenticatedError(AgentError):
+    """Nobody knows who calls."""
+
+
 class NotFoundError(AgentError):
     """No engine or blob of that name."""
 

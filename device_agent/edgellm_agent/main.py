@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from importlib import metadata
@@ -21,6 +22,9 @@ from edgellm_agent.governor.commands import power_mode_helper
 from edgellm_agent.telemetry.base import Clock
 from edgellm_agent.telemetry.detect import open_source
 from edgellm_agent.telemetry.replay import ReplaySource
+from edgellm_agent.worker.sandbox import privileges
+
+log = logging.getLogger(__name__)
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="The edgellm device agent.")
 
@@ -61,6 +65,10 @@ def run(
         format="%(asctime)s %(levelname)s %(name)s %(message)s",
         stream=sys.stderr,
     )
+    # The worker runs as the same user, and takes what strangers made: it must not read the agent's memory.
+    privileges.hide_memory()
+    if os.geteuid() == 0:
+        log.warning("the agent runs as root; a user of its own is enough, see docs/hardening.md")
     overrides = {} if telemetry is None else {"telemetry_source": telemetry}
     with _explained():
         asyncio.run(daemon.run(load_settings(config, overrides)))

@@ -9,24 +9,32 @@ import platform
 from importlib import metadata
 from typing import TYPE_CHECKING
 
+from edgellm.bundle.manifest import EngineManifest
 from edgellm.errors import EdgellmError
 from edgellm.profiles import load_profile
+from edgellm_agent.access.settings import AccessSettings
 from edgellm_agent.config import AgentSettings
 from edgellm_agent.engine.supervisor import Serving
 from edgellm_agent.events import Events
 from edgellm_agent.governor.controller import GovernorLoop
 from edgellm_agent.governor.power_mode import PowerModes, ask_helper
 from edgellm_agent.http.settings import HttpSettings, MetricsSettings
-from edgellm_agent.lifecycle import EngineManager, Policy
+from edgellm_agent.lifecycle.manager import EngineManager
+from edgellm_agent.lifecycle.rack import Policy
 from edgellm_agent.memory import MemoryPolicy
 from edgellm_agent.mqtt.credentials import load_tls, read_password
 from edgellm_agent.mqtt.publisher import MqttPublisher
 from edgellm_agent.registry import Registry
 from edgellm_agent.services.device import Identity
+from edgellm_agent.services.trust import TrustServicer
 from edgellm_agent.store import Store
+from edgellm_agent.store.disk import check_writable, writing
+from edgellm_agent.store.scrub import Scrubber
 from edgellm_agent.telemetry.sampler import Sampler
+from edgellm_agent.trust.policy import DeviceTrust, Held
 
 if TYPE_CHECKING:
+    from edgellm_agent.access.certificates import Certificates
     from edgellm_agent.http.server import HttpServer
 
 # Distributions that bring the onnxruntime module.
@@ -37,6 +45,12 @@ _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 def check_files(settings: AgentSettings) -> None:
     """Looks at the files that settings name, before anything is made; raises EdgellmError."""
     try:
+        certificates(settings)
+        if settings.http is not None:
+            # As above: only who uses it loads it.
+            from edgellm_agent.http.guard import open_key  # noqa: PLC0415
+
+            open_key(settings.http)
         if settings.mqtt is not None:
             read_password(settings.mqtt.password_file)
             if settings.mqtt.tls is not None:
@@ -50,12 +64,24 @@ def check_files(settings: AgentSettings) -> None:
         raise EdgellmError(f"desired ca_file {ca_file} cannot be read", "correct the path in the settings")
 
 
-def http_server(settings: HttpSettings, manager: EngineManager, sampler: Sampler) -> HttpServer:
+def certificates(settings: AgentSettings) -> Certificates | None:
+    if settings.tls is None:
+        return None
+    # An agent without a port shall not pay for its libraries.
+    from edgellm_agent.access.certificates import Certificates  # noqa: PLC0415
+
+    return Certificates(settings.tls)
+
+
+def http_server(
+    settings: HttpSettings, manager: EngineManager, sampler: Sampler, access: AccessSettings
+) -> HttpServer:
     # An agent without it shall not pay for its libraries.
     from edgellm_agent.http.app import Api  # noqa: PLC0415
     from edgellm_agent.http.server import HttpServer  # noqa: PLC0415
 
-    return HttpServer(Api(manager, sampler, settings).app(), settings.listen, settings.max_connections)
+    api = Api(manager, sampler, settings, access)
+    return HttpServer(api.app(), settings.listen, settings.max_connections)
 
 
 def metrics_server(settings: MetricsSettings, manager: EngineManager, sampler: Sampler) -> HttpServer:
@@ -65,9 +91,22 @@ def metrics_server(settings: MetricsSettings, manager: EngineManager, sampler: S
     return HttpServer(Metrics(manager, sampler).app(), settings.listen, settings.max_connections)
 
 
-def manager(settings: AgentSettings, events: Events) -> EngineManager:
+def trust(settings: AgentSettings) -> DeviceTrust:
+    with writing(settings.state_dir):
+        settings.state_dir.mkdir(parents=True, exist_ok=True)
+    check_writable(settings.state_dir)
+    return DeviceTrust(settings.trust, settings.state_dir, settings.profile)
+
+
+def trust_servicer(trust: DeviceTrust, manager: EngineManager) -> TrustServicer:
+    def held() -> list[Held]:
+        return [Held(e.digest, manager.registry.attestations(e.digest)) for e in manager.engines()]
+
+    return TrustServicer(trust, held)
+
+
+def manager(settings: AgentSettings, events: Events, trust: DeviceTrust) -> EngineManager:
     profile = load_profile(settings.profile)
-    settings.state_dir.mkdir(parents=True, exist_ok=True)
     memory = MemoryPolicy(
         profile=profile,
         simulated=settings.simulate,
@@ -89,15 +128,29 @@ def manager(settings: AgentSettings, events: Events) -> EngineManager:
             speculate=settings.speculate,
             load_timeout_s=settings.load_timeout_s,
             poll_s=settings.telemetry_interval_s,
+            hang_s=settings.lifecycle.hang_s,
+            loop_deaths=settings.lifecycle.loop_deaths,
+            loop_window_s=settings.lifecycle.loop_window_s,
         ),
         drain_s=settings.drain_s,
     )
     return EngineManager(
-        store=Store(settings.state_dir),
+        store=Store(settings.state_dir, settings.store),
         registry=Registry(settings.state_dir / "registry.db"),
         policy=policy,
+        settings=settings.lifecycle,
+        trust=trust,
         events=events,
     )
+
+
+def scrubber(settings: AgentSettings, manager: EngineManager) -> Scrubber:
+    def manifests() -> list[EngineManifest]:
+        # As often as it reads: a push that was given up keeps its place on the disk no longer.
+        manager.library.forget_old_pushes()
+        return [engine.manifest for engine in manager.engines()]
+
+    return Scrubber(manager.store, settings.store, manifests, manager.library.damaged)
 
 
 def _headroom_bytes(settings: AgentSettings) -> int:
@@ -119,7 +172,7 @@ def governor(
     return GovernorLoop(
         governor,
         sampler,
-        lambda: manager.running,
+        lambda: manager.rack,
         events,
         max_sequences=settings.max_sequences,
         headroom_bytes=_headroom_bytes(settings),

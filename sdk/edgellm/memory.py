@@ -15,6 +15,8 @@ MINIMAL_CONTEXT_TOKENS = 256
 PREFILL_TOKENS = 128
 # A worker without an engine: Python, numpy, the runtime's own memory, a tokenizer of 50,000 tokens. Measured.
 WORKER_BYTES = 64 << 20
+# The process that renders the engine's chat template. Measured.
+TEMPLATE_BYTES = 13 << 20
 # Rows of logits that a step may ask for beyond one for each sequence: newest tokens, and guesses behind them.
 VERIFIED_TOKENS = 32
 _PAGE_BYTES = 4096
@@ -56,7 +58,8 @@ def workspace_bytes(
     logits_bytes = max(VERIFIED_TOKENS, max_sequences) * config.model.vocab_size * _LOGIT_BYTES
     scores_bytes = config.model.heads * step_tokens * context_tokens * _SCORE_BYTES
     step_bytes = step_tokens * footprint.workspace_bytes_per_token + scores_bytes
-    return WORKER_BYTES + footprint.workspace_base_bytes + vocabulary_bytes + step_bytes + logits_bytes
+    own_bytes = WORKER_BYTES + (TEMPLATE_BYTES if config.files.chat_template is not None else 0)
+    return own_bytes + footprint.workspace_base_bytes + vocabulary_bytes + step_bytes + logits_bytes
 
 
 def plan_memory(

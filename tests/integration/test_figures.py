@@ -15,13 +15,11 @@ from edgellm.profiles import load_profile
 from edgellm.v1 import inference_pb2
 from edgellm_agent.engine.supervisor import Serving
 from edgellm_agent.errors import InvalidError, UnavailableError
-from edgellm_agent.lifecycle import EngineManager, Policy
+from edgellm_agent.lifecycle.manager import EngineManager
+from edgellm_agent.lifecycle.rack import Policy
 from edgellm_agent.memory import MemoryPolicy
 from edgellm_agent.registry import Registry
 from edgellm_agent.store import Store
-
-# What the agent asks of a new engine before it becomes the active one.
-CANARY_TOKENS = 4
 
 
 @pytest.fixture
@@ -75,10 +73,12 @@ async def until(probe, what):
 async def test_totals_go_on_over_engines_and_stay_without_one(manager, tiny, other_tiny):
     assert manager.runtime().state == "none"
     assert manager.runtime().requests_total == 0
-    for number, bundle in enumerate((tiny, other_tiny), start=1):
+    generated = 0
+    for bundle in (tiny, other_tiny):
         await manager.activate(install(manager, bundle))
         await read(submit(manager, tokens=20))
-        generated = number * (CANARY_TOKENS + 20)
+        # What the agent asks of a new engine before it becomes the active one, and ours.
+        generated += len(bundle.variants[0].config.canary.token_ids) + 20
         await until(lambda: manager.runtime().generated_tokens_total == generated, "the count")  # noqa: B023
     record = manager.runtime()
     assert (record.requests_total, record.finished_requests_total, record.failed_requests_total) == (4, 4, 0)

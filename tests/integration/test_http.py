@@ -58,6 +58,37 @@ def serve(short_dir):
         context.__exit__(None, None, None)
 
 
+def test_an_engine_beside_the_default_one_is_listed_and_answers_by_its_name(serve, tiny, other_tiny):
+    served = serve(tiny)
+    (variant,) = other_tiny.variants
+    with served.agent.client() as client:
+        client.push(other_tiny, variant.digest)
+        client.activate(variant.digest, beside=True)
+    with served.openai() as client:
+        assert [model.id for model in client.models.list()] == ["tiny", "other"]
+        assert client.models.retrieve("other").id == "other"
+        for name, answers in (("other", "other"), (variant.digest, "other"), ("tiny", "tiny"), ("", "tiny")):
+            asked = {"model": name, "max_tokens": 2, "temperature": 0}
+            told = [
+                client.completions.create(prompt="Hi", **asked),
+                client.chat.completions.create(messages=HI, **asked),
+            ]
+            assert [answer.model for answer in told] == [answers, answers]
+        with pytest.raises(openai.NotFoundError, match="no engine third answers here, but tiny and other"):
+            client.completions.create(model="third", prompt="Hi")
+        # They are two engines, and not one with two names.
+        assert chances(client, "tiny") != chances(client, "other")
+    with served.agent.client() as client:
+        client.deactivate("other")
+    assert [model["id"] for model in ask(served.port, "/v1/models").json["data"]] == ["tiny"]
+    assert ask(served.port, "/v1/completions", {"model": "other", "prompt": "Hi"}).status == 404
+
+
+def chances(client, model):
+    answer = client.completions.create(model=model, prompt="Once", max_tokens=4, temperature=0, logprobs=1)
+    return answer.choices[0].logprobs.token_logprobs
+
+
 def test_a_chat_is_answered_in_one_piece_and_as_a_stream_with_the_same_text(serve, tiny):
     served = serve(tiny)
     asked = {"model": "tiny", "messages": HI, "max_tokens": 12, "temperature": 0}
@@ -296,8 +327,8 @@ def test_metrics_are_what_prometheus_reads(serve, tiny):
         families = text_string_to_metric_families(text)
         return next((s.value for family in families for s in family.samples if s.name == name), None)
 
-    # The canary's 4 and ours.
-    wait_for(lambda: value("edgellm_generated_tokens_total") == 11, "the count")
+    canary = len(tiny.variants[0].config.canary.token_ids)
+    wait_for(lambda: value("edgellm_generated_tokens_total") == canary + 7, "the count")
     assert value("edgellm_kv_bound_bytes") > 0
 
 

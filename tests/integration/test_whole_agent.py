@@ -92,8 +92,8 @@ def test_an_agent_that_is_killed_while_its_broker_is_away_tells_everything_once_
         with agent.client() as client:
             for number in range(100):
                 client.pin(number % 2 == 0)
-        # PUSHED and ACTIVATED came first.
-        kept = wait_for(lambda: len(ids := waiting_events(agent)) == 102 and ids, "the events on disk")
+        # PUSHED, ACTIVATED and COMMITTED came first.
+        kept = wait_for(lambda: len(ids := waiting_events(agent)) == 103 and ids, "the events on disk")
         agent.stop(signal.SIGKILL)
         broker.start()
         with listening(broker, f"{TOPICS.base}/evt/#") as listener:
@@ -213,12 +213,13 @@ async def test_a_device_whose_clock_is_a_day_behind_converges_and_is_recorded_wi
             socket=short_dir / "a.sock",
             mqtt={"host": broker.host, "port": broker.port},
             desired={"sources": [f"{server.url}/"]},
+            lifecycle={"probation_s": 0},
             commands={"allow": ["report"]},
         )
         with FleetReader(short_dir / "fleet.db") as reader:
             async with daemon.running(settings):
                 view = await seen(reader, lambda view: phase(view) == "CONVERGED" and view.telemetry_ns > 0)
-                await until(lambda: recorded_changes(reader) == ["FETCHED", "ACTIVATED"])
+                await until(lambda: recorded_changes(reader) == ["FETCHED", "ACTIVATED", "COMMITTED"])
                 await asyncio.to_thread(publish, broker, TOPICS.command_request, order, retain=False)
                 answer = await receive(answers, lambda _: True)
             await asyncio.to_thread(receiver.close)

@@ -25,6 +25,9 @@ class Agent:
     root: Path
     settings: str = ""
     prefix: tuple[str, ...] = ()
+    probation_s: float = 0
+    module: str = "edgellm_agent"
+    environment: dict[str, str] = field(default_factory=dict)
     process: subprocess.Popen[bytes] | None = field(default=None, init=False)
 
     @property
@@ -52,8 +55,13 @@ class Agent:
         )
         with (self.root / "agent.log").open("ab") as log:
             self.process = subprocess.Popen(
-                [*self.prefix, sys.executable, "-m", "edgellm_agent", "run", "--config", str(config)],
+                [*self.prefix, sys.executable, "-m", self.module, "run", "--config", str(config)],
                 stdin=subprocess.DEVNULL,
+                env={
+                    **os.environ,
+                    "EDGELLM_AGENT_LIFECYCLE__PROBATION_S": str(self.probation_s),
+                    **self.environment,
+                },
                 stdout=log,
                 stderr=log,
             )
@@ -89,8 +97,10 @@ class Agent:
 
 
 @contextlib.contextmanager
-def running_agent(root: Path, settings: str = "", prefix: tuple[str, ...] = ()) -> Iterator[Agent]:
-    agent = Agent(root, settings, prefix)
+def running_agent(
+    root: Path, settings: str = "", prefix: tuple[str, ...] = (), probation_s: float = 0
+) -> Iterator[Agent]:
+    agent = Agent(root, settings, prefix, probation_s)
     try:
         agent.start()
         yield agent

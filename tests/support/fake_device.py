@@ -53,6 +53,8 @@ class FakeDevice:
     # What is sent, over and over; without any, records that are empty but for their number.
     records: list[telemetry_pb2.Telemetry] = field(default_factory=list)
     log: list[device_pb2.LogLine] = field(default_factory=list)
+    audit: list[device_pb2.AuditRecord] = field(default_factory=list)
+    audit_was_changed: bool = False
     # Set once it is to send nothing more, as if its plug were pulled: connections live on.
     mute: threading.Event = field(default_factory=threading.Event)
     # What was seen.
@@ -112,6 +114,15 @@ class FakeDeviceService(device_pb2_grpc.DeviceServiceServicer):
             else self.device.configs[self.device.active]
         )
         return device_pb2.GetMemoryPlanResponse(plan=plan(self.device, config))
+
+    def WhoAmI(self, request, context):
+        return device_pb2.WhoAmIResponse(caller="uid 1000", role="operator")
+
+    def ReadAudit(self, request, context):
+        for record in self.device.audit[-request.limit :]:
+            yield device_pb2.ReadAuditResponse(record=record)
+        if self.device.audit_was_changed:
+            refuse(context, code_pb2.DATA_LOSS, "line 3 of 1.jsonl was changed")
 
     def WatchTelemetry(self, request, context):
         gone = self.gone(context)
@@ -328,12 +339,17 @@ def plan(device: FakeDevice, config: EngineConfig) -> device_pb2.MemoryPlan:
     return plan_memory(config, available_bytes=device.available_bytes, headroom_bytes=1 << 20).to_proto()
 
 
-def serve(device: FakeDevice, address: str) -> tuple[grpc.Server, int]:
+def serve(
+    device: FakeDevice, address: str, credentials: grpc.ServerCredentials | None = None
+) -> tuple[grpc.Server, int]:
     """Starts the server, which the caller stops; returns the port too, which is 1 for a Unix socket."""
     server = grpc.server(futures.ThreadPoolExecutor(max_workers=8))
     device_pb2_grpc.add_DeviceServiceServicer_to_server(FakeDeviceService(device), server)
     engines_pb2_grpc.add_EngineServiceServicer_to_server(FakeEngineService(device), server)
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(FakeInferenceService(device), server)
-    port = server.add_insecure_port(address)
+    if credentials is None:
+        port = server.add_insecure_port(address)
+    else:
+        port = server.add_secure_port(address, credentials)
     server.start()
     return server, port

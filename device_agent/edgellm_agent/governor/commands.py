@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import pwd
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from edgellm_agent.governor.power_mode_helper import NvpModel, PowerModeHelper, listen
+from edgellm_agent.governor.power_mode_helper import NvpModel, PowerModeHelper, inherited, listen
 
 log = logging.getLogger(__name__)
 
@@ -19,7 +20,7 @@ def power_mode_helper(
     allow: Annotated[
         str, typer.Option(help="Modes that may be switched to, by name: 15W,25W. None needs a reboot.")
     ],
-    socket: Annotated[Path, typer.Option(help="Unix socket to listen on.")] = Path(
+    socket: Annotated[Path, typer.Option(help="Unix socket to listen on, if systemd brings none.")] = Path(
         "/run/edgellm/power-mode.sock"
     ),
     user: Annotated[str, typer.Option(help="User that the agent runs as; no other may ask.")] = "edgellm",
@@ -39,10 +40,10 @@ def power_mode_helper(
         raise typer.BadParameter(f"there is no user {user!r}", param_hint="--user") from None
     helper = PowerModeHelper(modes, user_id, NvpModel(nvpmodel))
     try:
-        listener = listen(socket, user_id)
+        listener = inherited(os.environ) or listen(socket, user_id)
     except OSError as error:
         print(f"error: cannot listen on {socket}: {error.strerror or error}", file=sys.stderr)
         raise typer.Exit(1) from None
     with listener:
-        log.info("listening on %s for %s, modes %s", socket, user, ", ".join(sorted(modes)))
+        log.info("listening on %s for %s, modes %s", listener.getsockname(), user, ", ".join(sorted(modes)))
         helper.serve(listener)

@@ -16,6 +16,7 @@ import socket
 import stat
 import struct
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,7 @@ _REQUEST_S = 5.0
 _SWITCH_S = 30.0
 _LONGEST_REQUEST_BYTES = 1024
 _LARGEST_CONF_BYTES = 1 << 20
+_FIRST_INHERITED = 3
 _CREDENTIALS = struct.Struct("3i")
 _NAME = re.compile(MODE_PATTERN.removesuffix("$") + r"\Z")
 _STATUS = re.compile(r"pmode:([0-9]{1,4})\b")
@@ -146,6 +148,16 @@ def _read_line(connection: socket.socket) -> bytes:
             break
         request += more
     return request
+
+
+def inherited(environment: Mapping[str, str]) -> socket.socket | None:
+    """The socket that systemd made for this process (sd_listen_fds(3)), if it did.
+
+    It is the first and only one, and who may open it is the socket unit's to say.
+    """
+    if environment.get("LISTEN_PID") != str(os.getpid()) or environment.get("LISTEN_FDS") != "1":
+        return None
+    return socket.socket(fileno=_FIRST_INHERITED)
 
 
 def listen(path: Path, user_id: int) -> socket.socket:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -23,7 +24,7 @@ from edgellm.cli.output import (
 from edgellm.json_form import to_fields
 
 if TYPE_CHECKING:
-    from edgellm.client import Client, LogLine
+    from edgellm.client import AuditRecord, Client, LogLine
     from edgellm.v1.telemetry_pb2 import Governor, Telemetry
 
 app = typer.Typer(help="Name devices, and see what they are and do.", no_args_is_help=True)
@@ -47,36 +48,58 @@ class Level(str, Enum):
 @app.command()
 def add(
     name: NameArgument,
-    target: Annotated[str, typer.Argument(help="unix:///run/edgellm/agent.sock or HOST:PORT.")],
+    target: Annotated[
+        str,
+        typer.Argument(
+            help="ssh://[USER@]HOST[:PORT][/SOCKET], HOST:PORT, or unix:///run/edgellm/agent.sock."
+        ),
+    ],
+    group: Annotated[
+        list[str] | None, typer.Option("--group", help="A group that it belongs to; repeatable.")
+    ] = None,
+    ca: Annotated[Path | None, typer.Option("--ca", help="Authority of the device's certificate.")] = None,
+    cert: Annotated[Path | None, typer.Option("--cert", help="Our certificate.")] = None,
+    key: Annotated[Path | None, typer.Option("--key", help="The key to it.")] = None,
+    server_name: Annotated[
+        str | None, typer.Option("--server-name", help="Name in the device's certificate, if not NAME.")
+    ] = None,
     json_: JsonOption = False,
 ) -> None:
     """Give a device a name on this machine, or a known one a new address.
 
+    HOST:PORT speaks TLS, and both sides show a certificate: ours is that of `edgellm pki` unless --ca, --cert
+    and --key name other files. Groups and files that a known device has stay, unless new ones are given.
+
     \b
-    edgellm device add jetson-01 192.0.2.7:7400
+    edgellm device add jetson-01 ssh://edge@192.0.2.7 --group street
+    edgellm device add jetson-02 192.0.2.8:7400 --group street --group canary
     edgellm device add here unix:///run/edgellm/agent.sock
     """
-    from edgellm.devices import DeviceBook
+    from edgellm.devices import DeviceBook, TlsFiles
 
-    device = DeviceBook().add(name, target)
+    ca, cert, key = (None if path is None else path.absolute() for path in (ca, cert, key))
+    files = TlsFiles(ca, cert, key, server_name or "")
+    device = DeviceBook().add(name, target, groups=group, tls=None if files == TlsFiles() else files)
     if json_:
         print_json(device)
     else:
-        typer.echo(f"{device.name} is at {device.target}")
+        groups = f", in {', '.join(device.groups)}" if device.groups else ""
+        typer.echo(f"{device.name} is at {device.target}{groups}")
 
 
 @app.command("list")
 def list_(json_: JsonOption = False) -> None:
-    """List the known devices."""
+    """List the known devices, their groups, and over what each is reached."""
     from edgellm.devices import DeviceBook
 
     devices = DeviceBook().all()
     if json_:
         print_json({"devices": devices})
     elif devices:
-        print_table(("NAME", "ADDRESS"), [(device.name, device.target) for device in devices])
+        rows = [(device.name, device.over, device.target, ", ".join(device.groups)) for device in devices]
+        print_table(("NAME", "OVER", "ADDRESS", "GROUPS"), rows)
     else:
-        typer.echo("no devices yet; add one with `edgellm device add NAME HOST:PORT`")
+        typer.echo("no devices yet; add one with `edgellm device add NAME ssh://USER@HOST`")
 
 
 @app.command()
@@ -231,6 +254,63 @@ def _print_line(line: LogLine) -> None:
     typer.echo(f"{line.time:%Y-%m-%d %H:%M:%S}.{line.time.microsecond // 1000:03d} ", nl=False)
     typer.secho(f"{printable(line.level):<7} ", fg=_LEVEL_COLORS.get(line.level), nl=False)
     typer.echo(f"{printable(line.logger)} {printable(line.text)}")
+
+
+@app.command()
+def whoami(name: NameArgument, json_: JsonOption = False) -> None:
+    """Ask a device who we are to it, and what we may there."""
+    from edgellm.client import Client
+
+    with Client.for_device(name) as client:
+        told = client.whoami()
+    if json_:
+        print_json(told)
+    else:
+        print_facts([("caller", told.caller), ("role", told.role)])
+
+
+@app.command()
+def audit(
+    name: NameArgument,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="Most records.")] = 100,
+    json_: JsonOption = False,
+) -> None:
+    """Print who changed what on a device, or was refused; times are UTC, the latest come last.
+
+    For admins. The device checks that nothing of its log was changed since; if something was, that is said
+    behind what there is.
+
+    \b
+    edgellm device audit jetson-01
+    edgellm device audit jetson-01 --limit 1000 --json | jq -r 'select(.outcome != "OK")'
+    """
+    from edgellm.client import Client
+
+    records: list[AuditRecord] = []
+    try:
+        with Client.for_device(name) as client:
+            records.extend(client.audit(limit))
+    finally:
+        _print_audit(records, as_json=json_)
+
+
+def _print_audit(records: list[AuditRecord], *, as_json: bool) -> None:
+    if as_json:
+        for record in records:
+            print_json(record)
+    elif records:
+        rows = [
+            (
+                f"{each.time:%Y-%m-%d %H:%M:%S}",
+                each.caller,
+                each.role,
+                each.method,
+                each.subject,
+                each.outcome,
+            )
+            for each in records
+        ]
+        print_table(("TIME", "CALLER", "ROLE", "METHOD", "SUBJECT", "OUTCOME"), rows)
 
 
 @app.command()

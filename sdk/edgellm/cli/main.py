@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -9,7 +10,22 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from edgellm.cli import bench, bundle, device, engine, failures, fleet, generate, plugins, push, top
+from edgellm.cli import (
+    bench,
+    bundle,
+    device,
+    engine,
+    failures,
+    fleet,
+    generate,
+    key,
+    pki,
+    plugins,
+    push,
+    setup,
+    sign,
+    top,
+)
 from edgellm.cli.output import JsonOption, print_facts, print_json
 
 # Base of wrong options and arguments; older typers take it from click, newer ones bring their own.
@@ -89,10 +105,15 @@ def version(json_: JsonOption = False) -> None:
 
 app.command("inspect")(bundle.inspect)
 app.command("plan")(bundle.plan)
+app.add_typer(key.app, name="key")
+app.command("sign")(sign.sign)
+app.command("verify")(sign.verify)
 app.add_typer(push.app, name="push")
+device.app.command("setup")(setup.setup)
 app.add_typer(device.app, name="device")
 app.add_typer(engine.app, name="engine")
 app.add_typer(fleet.app, name="fleet")
+app.add_typer(pki.app, name="pki")
 app.command("generate")(generate.generate)
 app.command("chat")(generate.chat)
 app.command("top")(top.top)
@@ -101,4 +122,6 @@ app.command("bench")(bench.bench)
 
 def main() -> None:
     """Entry point of the console script."""
+    # What gRPC would print itself about a handshake that failed, an error says in its two lines.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     app()

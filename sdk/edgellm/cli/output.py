@@ -51,6 +51,11 @@ def printable(text: str) -> str:
     return "".join(char for char in text if char.isprintable() or char in "\n\t")
 
 
+def short_digest(digest: str) -> str:
+    """Enough of a digest to tell engines apart by eye."""
+    return digest.removeprefix("sha256:")[:12]
+
+
 def human_bytes(count: int) -> str:
     """A size that is read at a glance, in powers of 1000."""
     size = float(count)

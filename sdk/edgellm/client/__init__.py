@@ -17,20 +17,26 @@ from edgellm.client._generation import (
 )
 from edgellm.client._model import (
     ActivationStep,
+    AuditRecord,
+    CallerInfo,
     DeviceInfo,
     EngineInfo,
+    HistoryEntry,
     LogLine,
     ModelInfo,
     PushProgress,
     PushResult,
     RuntimeInfo,
 )
+from edgellm.client._rate import RateLimit
 from edgellm.client._sync import Client, Generation
 
 __all__ = [
     "ActivationStep",
     "AsyncClient",
     "AsyncGeneration",
+    "AuditRecord",
+    "CallerInfo",
     "Chunk",
     "Client",
     "Completion",
@@ -38,11 +44,13 @@ __all__ = [
     "DeviceInfo",
     "EngineInfo",
     "Generation",
+    "HistoryEntry",
     "LogLine",
     "Message",
     "ModelInfo",
     "PushProgress",
     "PushResult",
+    "RateLimit",
     "RuntimeInfo",
     "Sampling",
     "TokenChance",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, TypeVar, cast
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import grpc.aio
 
@@ -12,20 +14,25 @@ from edgellm.bundle.config import EngineConfig
 from edgellm.bundle.layout import Bundle
 from edgellm.client import _generation as generation_
 from edgellm.client import _model as model_
+from edgellm.client._channel import AsyncWay, resolved
 from edgellm.client._errors import translated
 from edgellm.client._generation import Chunk, Completion
 from edgellm.client._model import (
     ActivationStep,
+    AuditRecord,
+    CallerInfo,
     DeviceInfo,
     EngineInfo,
+    HistoryEntry,
     LogLine,
     ModelInfo,
     PushResult,
 )
+from edgellm.client._patience import Patience
 from edgellm.client._push import OnPushProgress, Push, Upload
-from edgellm.client._sync import CHANNEL_OPTIONS
-from edgellm.devices import DeviceBook
-from edgellm.errors import RemoteError
+from edgellm.client._rate import RateLimit
+from edgellm.devices import Device
+from edgellm.errors import DeviceUnreachableError, RemoteError
 from edgellm.memory import MemoryPlan
 from edgellm.v1 import device_pb2, engines_pb2, inference_pb2
 from edgellm.v1.device_pb2_grpc import DeviceServiceStub
@@ -43,8 +50,6 @@ if TYPE_CHECKING:
 _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
 
-_PARALLEL_UPLOADS = 4
-
 
 class AsyncClient:
     """Talks to one device from a running event loop; close it, or use it as an async context manager.
@@ -53,25 +58,38 @@ class AsyncClient:
     the deadline passes. `Client` documents the arguments.
 
     Args:
-        target: `unix:///run/edgellm/agent.sock` or `host:port`.
+        target: A `Device`, or its address: `unix:///run/edgellm/agent.sock`, `ssh://[user@]host`, or
+            `host:port`, where both sides show a certificate. ssh is started by the first call, and again if
+            its link was cut; TLS files are read now.
         timeout_s: Deadline of each call that has none of its own.
         client_id: Whose requests these are: the device shares its time fairly between clients. None means
             that this object is a client of its own.
+        ssh_config: Configuration file for ssh; None means the user's own.
     """
 
-    def __init__(self, target: str, *, timeout_s: float = 30.0, client_id: str | None = None) -> None:
-        self.target = target
-        self.timeout_s = timeout_s
+    def __init__(
+        self,
+        target: str | Device,
+        *,
+        timeout_s: float = 30.0,
+        client_id: str | None = None,
+        ssh_config: Path | None = None,
+    ) -> None:
+        """Raises EdgellmError if the address is malformed or a TLS file cannot be used."""
         self._metadata = generation_.client_metadata(client_id)
-        self._channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
-        self._device = cast("DeviceServiceAsyncStub", DeviceServiceStub(self._channel))
-        self._engines = cast("EngineServiceAsyncStub", EngineServiceStub(self._channel))
-        self._inference = cast("InferenceServiceAsyncStub", InferenceServiceStub(self._channel))
+        self._way = AsyncWay(target, ssh_config)
+        self.target = self._way.target
+        self.timeout_s = timeout_s
+        self._device = cast("DeviceServiceAsyncStub", DeviceServiceStub(self._way.channel))
+        self._engines = cast("EngineServiceAsyncStub", EngineServiceStub(self._way.channel))
+        self._inference = cast("InferenceServiceAsyncStub", InferenceServiceStub(self._way.channel))
 
     @classmethod
-    def for_device(cls, name: str, *, timeout_s: float = 30.0, client_id: str | None = None) -> Self:
-        """A client for a device in `devices.toml`; raises UnknownDeviceError."""
-        return cls(DeviceBook().find(name).target, timeout_s=timeout_s, client_id=client_id)
+    def for_device(
+        cls, device: str | Device, *, timeout_s: float = 30.0, client_id: str | None = None
+    ) -> Self:
+        """A client for a device in `devices.toml`, or one from there; raises UnknownDeviceError."""
+        return cls(resolved(device), timeout_s=timeout_s, client_id=client_id)
 
     async def __aenter__(self) -> Self:
         """Returns the client itself."""
@@ -83,11 +101,15 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Ends the connection and what still runs on it."""
-        await self._channel.close()
+        await self._way.close()
 
     async def info(self) -> DeviceInfo:
         """What the device is and has."""
         return DeviceInfo.from_proto(await self._call(self._device.GetInfo, device_pb2.GetInfoRequest()))
+
+    async def whoami(self) -> CallerInfo:
+        """Who we are to the device, and in which role."""
+        return CallerInfo.from_proto(await self._call(self._device.WhoAmI, device_pb2.WhoAmIRequest()))
 
     async def memory_plan(self, config: EngineConfig | None = None) -> MemoryPlan:
         """How the active engine uses the device's memory, or how one with that config would."""
@@ -115,20 +137,29 @@ class AsyncClient:
         return (await self._call(self._engines.PinEngine, request)).active_engine
 
     async def push(
-        self, bundle: Bundle, digest: str, on_progress: OnPushProgress | None = None
+        self,
+        bundle: Bundle,
+        digest: str,
+        on_progress: OnPushProgress | None = None,
+        *,
+        streams: int = 4,
+        rate: RateLimit | None = None,
+        retry_for_s: float = 60.0,
     ) -> PushResult:
-        """Brings an engine to the device, several blobs at a time; see `Client.push`."""
-        push = Push(bundle, digest, on_progress)
-        slots = asyncio.Semaphore(_PARALLEL_UPLOADS)
+        """Brings an engine to the device; see `Client.push`."""
+        push = Push(bundle, digest, on_progress, rate=rate, retry_for_s=retry_for_s)
+        slots = asyncio.Semaphore(streams)
         response = await self._call(self._engines.Prepare, push.prepare_request())
-        tasks = [asyncio.create_task(self._upload(push, upload, slots)) for upload in push.prepared(response)]
+        tasks = [asyncio.create_task(self._bring(push, upload, slots)) for upload in push.prepared(response)]
         try:
             await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        await self._call(self._engines.Commit, engines_pb2.CommitRequest(digest=digest))
+        patience = push.patience()
+        while not await self._committed(push, patience):
+            pass
         return push.result()
 
     async def activate(
@@ -136,17 +167,51 @@ class AsyncClient:
         engine: str,
         on_phase: Callable[[ActivationStep], None] | None = None,
         *,
+        beside: bool = False,
+        force: bool = False,
+        until_committed: bool = False,
         timeout_s: float = 600.0,
     ) -> MemoryPlan:
-        """Makes an engine (digest or unique name) the one that answers; returns what the device granted."""
-        request = engines_pb2.ActivateRequest(engine=engine)
-        step = None
-        with translated(self.target):
-            async for message in self._engines.Activate(request, timeout=timeout_s):
-                step = ActivationStep.from_proto(message)
-                if on_phase is not None:
-                    on_phase(step)
-        return model_.granted(step)
+        """Makes an engine the one that answers; returns what the device granted; see `Client.activate`."""
+        request = engines_pb2.ActivateRequest(engine=engine, beside=beside, force=force)
+        call = self._engines.Activate(request, timeout=timeout_s)
+        return await self._follow(call, on_phase, until_committed)
+
+    async def roll_back(
+        self,
+        on_phase: Callable[[ActivationStep], None] | None = None,
+        *,
+        force: bool = False,
+        until_committed: bool = False,
+        timeout_s: float = 600.0,
+    ) -> MemoryPlan:
+        """Activates the engine that was committed before the present one; see `activate`."""
+        call = self._engines.Rollback(engines_pb2.RollbackRequest(force=force), timeout=timeout_s)
+        return await self._follow(call, on_phase, until_committed)
+
+    async def deactivate(self, engine: str, *, force: bool = False) -> None:
+        """Takes an engine that answers beside the default one out of memory; it stays on the disk."""
+        await self._call(self._engines.Deactivate, engines_pb2.DeactivateRequest(engine=engine, force=force))
+
+    async def history(self, limit: int = 100) -> list[HistoryEntry]:
+        """What happened to the engines of the device, the latest first."""
+        response = await self._call(self._engines.ListHistory, engines_pb2.ListHistoryRequest(limit=limit))
+        return [HistoryEntry.from_proto(entry) for entry in response.entries]
+
+    @asynccontextmanager
+    async def hold(self, reason: str = "") -> AsyncIterator[None]:
+        """Within, no engine that runs is taken away; ends with this program at the latest.
+
+        Raises RemoteError if the device does not grant it.
+        """
+        call = self._engines.HoldEngines(engines_pb2.HoldEnginesRequest(reason=reason))
+        try:
+            with translated(self.target):
+                granted = await anext(aiter(call), None)
+            model_.check_hold(granted)
+            yield
+        finally:
+            call.cancel()
 
     def generate(
         self,
@@ -206,19 +271,33 @@ class AsyncClient:
         finally:
             call.cancel()
 
-    async def _upload(self, push: Push, upload: Upload, slots: asyncio.Semaphore) -> None:
+    async def audit(self, limit: int = 100) -> AsyncIterator[AuditRecord]:
+        """The last records of who changed what, or was refused; see `Client.audit`."""
+        call = self._device.ReadAudit(device_pb2.ReadAuditRequest(limit=limit), timeout=self.timeout_s)
+        try:
+            with translated(self.target):
+                async for message in call:
+                    yield AuditRecord.from_proto(message.record)
+        finally:
+            call.cancel()
+
+    async def _bring(self, push: Push, upload: Upload, slots: asyncio.Semaphore) -> None:
+        """Sends a blob, again and again from where it was cut, until it is whole."""
         todo: Upload | None = upload
         async with slots:
             while todo is not None:
                 todo = await self._attempt(push, todo)
 
     async def _attempt(self, push: Push, upload: Upload) -> Upload | None:
-        """What is to be tried again after an upload; None if it went well."""
+        """What is still to be sent; None if that is nothing."""
         try:
+            if upload.was_cut:
+                return push.resumed(upload, await self._call(self._engines.Prepare, push.prepare_request()))
             await self._write_blob(upload)
-        except RemoteError as error:
-            await asyncio.sleep(push.retry(upload, error))
-            return push.again(upload, await self._call(self._engines.Prepare, push.prepare_request()))
+        except (RemoteError, DeviceUnreachableError) as error:
+            await asyncio.sleep(upload.patience.pause_s(error))
+            upload.was_cut = True
+            return upload
         return None
 
     async def _write_blob(self, upload: Upload) -> None:
@@ -230,6 +309,34 @@ class AsyncClient:
                     )
             finally:
                 upload.check()
+
+    async def _follow(
+        self,
+        call: grpc.aio.UnaryStreamCall[Any, engines_pb2.ActivateResponse],
+        on_phase: Callable[[ActivationStep], None] | None,
+        until_committed: bool,
+    ) -> MemoryPlan:
+        """Takes the phases of an activation up to where it answers, or is committed."""
+        step = None
+        try:
+            with translated(self.target):
+                async for message in call:
+                    step = ActivationStep.from_proto(message)
+                    if on_phase is not None:
+                        on_phase(step)
+                    if step.answers and not until_committed:
+                        break
+        finally:
+            call.cancel()
+        return model_.granted(step)
+
+    async def _committed(self, push: Push, patience: Patience) -> bool:
+        try:
+            await self._call(self._engines.Commit, push.commit_request())
+        except (RemoteError, DeviceUnreachableError) as error:
+            await asyncio.sleep(patience.pause_s(error))
+            return False
+        return True
 
     async def _call(
         self, method: grpc.aio.UnaryUnaryMultiCallable[_Request, _Response], request: _Request

@@ -85,6 +85,13 @@ class EngineInfo:
     size_bytes: int
     added_at: datetime
     active: bool
+    """The default engine: it answers requests that name none."""
+    state: str = ""
+    """"STORED", "PROBATION", "COMMITTED", "UNPROVEN" or "BESIDE"."""
+    proven: bool = False
+    """It was committed there once."""
+    signed_by: tuple[str, ...] = ()
+    release: int = 0
 
     @classmethod
     def from_proto(cls, message: engines_pb2.Engine) -> EngineInfo:
@@ -97,6 +104,10 @@ class EngineInfo:
             size_bytes=message.size_bytes,
             added_at=message.added_at.ToDatetime(tzinfo=timezone.utc),
             active=message.active,
+            state=message.state,
+            proven=message.proven,
+            signed_by=tuple(message.signed_by),
+            release=message.release,
         )
 
 
@@ -121,11 +132,62 @@ class LogLine:
 
 
 @dataclass(frozen=True)
+class CallerInfo:
+    """Who somebody is to a device, for example "uid 1000" or "certificate alice", and what they may there."""
+
+    caller: str
+    role: str
+    """"viewer", "app", "operator" or "admin"."""
+
+    @classmethod
+    def from_proto(cls, message: device_pb2.WhoAmIResponse) -> CallerInfo:
+        """The same facts from a protobuf message."""
+        return cls(caller=message.caller, role=message.role)
+
+
+@dataclass(frozen=True)
+class AuditRecord:
+    """Something that was done on a device, or refused; `time` is the device's clock, which may be wrong."""
+
+    sequence: int
+    time: datetime
+    caller: str
+    role: str
+    method: str
+    subject: str
+    outcome: str
+    """"OK", or the gRPC status that the call ended with."""
+    previous: str
+    """SHA-256 of the record before it, hex."""
+
+    @classmethod
+    def from_proto(cls, message: device_pb2.AuditRecord) -> AuditRecord:
+        """The same facts from a protobuf message."""
+        return cls(
+            sequence=message.sequence,
+            time=message.time.ToDatetime(tzinfo=timezone.utc),
+            caller=message.caller,
+            role=message.role,
+            method=message.method,
+            subject=message.subject,
+            outcome=message.outcome,
+            previous=message.previous,
+        )
+
+
+@dataclass(frozen=True)
 class PushProgress:
-    """How far a push is: bytes that the device has, of all bytes of the engine."""
+    """How far a push is: bytes that the device has, of all bytes of the engine, and the rate of late."""
 
     done_bytes: int
     total_bytes: int
+    bytes_per_s: float = 0.0
+
+    @property
+    def left_s(self) -> float | None:
+        """Seconds that the rest will take at this rate; None as long as there is none."""
+        left_bytes = self.total_bytes - self.done_bytes
+        return left_bytes / self.bytes_per_s if self.bytes_per_s > 0 else None
 
 
 @dataclass(frozen=True)
@@ -141,11 +203,21 @@ class PushResult:
 
 @dataclass(frozen=True)
 class ActivationStep:
-    """A phase that an activation entered: "verifying", "loading", "canary" or "committed"."""
+    """A phase that an activation entered.
+
+    "verifying", "loading", "draining" (the old engine finishes its requests), "canary", "probation" (it
+    answers, and is watched for `probation_s` more seconds), "committed".
+    """
 
     phase: str
     elapsed_s: float
     plan: MemoryPlan | None
+    probation_s: float = 0.0
+
+    @property
+    def answers(self) -> bool:
+        """Whether the engine answers requests from here on."""
+        return self.phase in {"probation", "committed"}
 
     @classmethod
     def from_proto(cls, message: engines_pb2.ActivateResponse) -> ActivationStep:
@@ -154,18 +226,56 @@ class ActivationStep:
             phase=word(engines_pb2.ActivationPhase.Name, message.phase, "ACTIVATION_PHASE_"),
             elapsed_s=message.elapsed_s,
             plan=MemoryPlan.from_proto(message.plan) if message.HasField("plan") else None,
+            probation_s=message.probation_s,
+        )
+
+
+@dataclass(frozen=True)
+class HistoryEntry:
+    """Something that happened to an engine on a device; `time` is the device's clock, which may be wrong."""
+
+    id: int
+    time: datetime
+    what: str
+    engine: str
+    previous: str
+    origin: str
+    generation: int
+    actor: str
+    error: str
+
+    @classmethod
+    def from_proto(cls, message: engines_pb2.HistoryEntry) -> HistoryEntry:
+        """The same facts from a protobuf message."""
+        change = message.change
+        return cls(
+            id=message.id,
+            time=message.time.ToDatetime(tzinfo=timezone.utc),
+            what=change.what,
+            engine=change.engine,
+            previous=change.previous,
+            origin=change.origin,
+            generation=change.generation,
+            actor=change.actor,
+            error=change.error,
         )
 
 
 def granted(step: ActivationStep | None) -> MemoryPlan:
-    """What the device granted, by the last step of an activation; raises RemoteError if not committed."""
-    if step is None or step.plan is None or step.phase != "committed":
+    """What the device granted, by the last step of an activation; raises RemoteError without an answer."""
+    if step is None or step.plan is None or not step.answers:
         raise RemoteError(
-            "the activation ended without being committed",
+            "the activation ended before the engine answered",
             code="INTERNAL",
             hint="see the agent's log on the device",
         )
     return step.plan
+
+
+def check_hold(granted: engines_pb2.HoldEnginesResponse | None) -> None:
+    """Raises RemoteError if the device ended the hold before it began."""
+    if granted is None:
+        raise RemoteError("the device is about to stop", code="UNAVAILABLE", hint="try again when it is back")
 
 
 def word(name_of: Callable[[Any], str], value: int, prefix: str) -> str:

@@ -1,14 +1,18 @@
 """Commands of the fleet: which are obeyed, when, and what is answered."""
 
 import asyncio
+from typing import get_args
 
 import pytest
 
 from edgellm.fleet.topics import encode
 from edgellm.v1 import fleet_pb2
+from edgellm_agent.access import fleet as access
+from edgellm_agent.access import rules
+from edgellm_agent.access.audit import AuditLog
 from edgellm_agent.desired import commands as module
 from edgellm_agent.desired.commands import MAX_OUTPUT_BYTES, MAX_WAITING, Commands, last_bytes
-from edgellm_agent.desired.settings import CommandSettings
+from edgellm_agent.desired.settings import CommandName, CommandSettings
 from edgellm_agent.errors import EngineError
 from tests.support.desired_device import TOPICS, FakeUplink
 
@@ -18,7 +22,7 @@ NOW_S = 1_800_000_000
 class Fleet:
     """A device's commands, and a fleet that gives them."""
 
-    def __init__(self, *allow, **actions):
+    def __init__(self, *allow, role="operator", audit=None, **actions):
         self.uplink = FakeUplink()
         self.done = []
         known = {"report": self.report, "restart-engine": self.fail, "logs": self.logs}
@@ -26,6 +30,7 @@ class Fleet:
             CommandSettings(allow=allow),
             {**known, **{name.replace("_", "-"): action for name, action in actions.items()}},
             self.uplink,
+            access.Fleet(role, audit),
             wall_ns=lambda: NOW_S * 10**9 + 5,
         )
         self.commands.start()
@@ -216,3 +221,42 @@ async def test_the_answer_carries_what_the_request_wants_back(fleet):
     device.uplink.send(TOPICS.command_request, encode(order, "json"), b"ask-1")
     await device.answers(1)
     assert device.uplink.correlated == [b"ask-1"]
+
+
+@pytest.mark.parametrize(
+    ("role", "done"),
+    [("viewer", ["report"]), ("app", ["report"]), ("operator", ["report", "restart-engine", "logs"])],
+)
+async def test_what_is_allowed_is_still_bounded_by_the_fleets_role(fleet, role, done):
+    async def restart():
+        return ""
+
+    device = fleet("report", "restart-engine", "logs", role=role, restart_engine=restart)
+    for number, name in enumerate(("report", "restart-engine", "logs")):
+        device.send(name, f"c-{number}")
+    answers = await device.answers(3)
+    assert {answer.name for answer in answers if answer.ok} == set(done)
+    for answer in answers:
+        assert answer.ok or answer.error.startswith(f"fleet has the role {role}; ")
+
+
+async def test_what_the_fleet_changes_or_is_refused_is_written_down(fleet, tmp_path):
+    audit = AuditLog(tmp_path / "audit")
+    await audit.start()
+    device = fleet("report", "restart-engine", audit=audit)
+    device.send("report", "c-1")
+    device.send("restart-engine", "c-2")
+    await device.answers(2)
+    low = fleet("logs", role="app", audit=audit)
+    low.send("logs")
+    await low.answers()
+    await audit.close()
+    assert [(r.caller, r.role, r.method, r.subject, r.outcome) for r in await audit.last(9)] == [
+        ("fleet", "operator", "EngineService/Activate", "command restart-engine", "INTERNAL"),
+        ("fleet", "app", "DeviceService/WatchLogs", "", "PERMISSION_DENIED"),
+    ]
+
+
+def test_every_command_has_a_method_in_the_table_of_rules():
+    assert module.METHODS.keys() == set(get_args(CommandName))
+    assert set(module.METHODS.values()) <= rules.RULES.keys()

@@ -28,7 +28,7 @@ async def started(tiny, tmp_path):
     (variant,) = tiny.variants
     manifest = tiny.manifest(variant.digest)
     for layer in manifest.layers:
-        (tmp_path / layer.title).symlink_to(tiny.blob_path(layer.digest).resolve())
+        (tmp_path / layer.title).hardlink_to(tiny.blob_path(layer.digest).resolve())
     config, said, told = tiny.config(manifest), [PLENTY], []
     serving = Serving(threads=1, poll_s=0.05)
     spec = EngineSpec(variant.digest, tmp_path, config, serving, read_pressure=lambda: said[0])

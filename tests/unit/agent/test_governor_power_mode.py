@@ -4,6 +4,8 @@ import asyncio
 import itertools
 import os
 import socket
+import subprocess
+import sys
 import threading
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -265,3 +267,24 @@ def test_the_command_says_what_is_wrong(arguments, why):
     assert result.exit_code != 0
     assert why in " ".join(result.output.split())
     assert Path("/nowhere").exists() is False
+
+
+def test_the_helper_takes_the_socket_that_systemd_brings(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    code = (
+        "import os, socket\n"
+        "from edgellm_agent.governor.power_mode_helper import inherited\n"
+        "mine = inherited({'LISTEN_PID': str(os.getpid()), 'LISTEN_FDS': '1'})\n"
+        "print(mine.getsockname(), inherited({'LISTEN_PID': '1', 'LISTEN_FDS': '1'}), inherited({}))\n"
+    )
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        given = f'exec 3<&{listener.fileno()}; exec {sys.executable} -c "$1"'
+        done = subprocess.run(
+            ["/bin/bash", "-c", given, "-", code],
+            pass_fds=[listener.fileno()],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+    assert done.stdout == f"{path} None None\n"

@@ -94,3 +94,23 @@ def test_deadlines_hold_while_a_request_is_prepared(intake):
     assert intake.next_deadline() == 15.0
     assert intake.expired(14.0) == []
     assert intake.expired(15.0) == [1]
+
+
+class Panic(BaseException):
+    """As a library in Rust raises it: no Exception."""
+
+
+def test_a_panic_is_the_outcome_of_its_request_and_the_next_is_prepared():
+    def prepare(message, arrived):
+        if message.id == 1:
+            raise Panic("at the disco")
+        return make(message.id, arrived=arrived)
+
+    intake = Intake(prepare)
+    intake.submit(submit(1), 0)
+    intake.submit(submit(2), 0)
+    (_, failed), (_, made) = taken(intake, 2)
+    assert isinstance(failed, RuntimeError)
+    assert "at the disco" in str(failed)
+    assert made.id == 2
+    intake.close()

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgellm.v1 import device_pb2, device_pb2_grpc
+from edgellm_agent.access.audit import AuditLog
 from edgellm_agent.errors import BusyError
 from edgellm_agent.logs import LogRing, recording
 from edgellm_agent.services.device import DeviceServicer, Identity
@@ -209,7 +210,7 @@ async def test_an_object_that_logs_while_it_is_collected_does_not_block_the_log(
 async def stub(ring, tmp_path):
     """The real servicer behind a real server; logs need no engine."""
     server = grpc.aio.server()
-    servicer = DeviceServicer(Identity("jetson-01", "1.0"), None, None, ring)
+    servicer = DeviceServicer(Identity("jetson-01", "1.0"), None, None, ring, AuditLog(tmp_path))
     device_pb2_grpc.add_DeviceServiceServicer_to_server(servicer, server)
     server.add_insecure_port(f"unix://{tmp_path}/a.sock")
     await server.start()

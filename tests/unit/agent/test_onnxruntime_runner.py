@@ -250,7 +250,7 @@ def test_an_engine_that_the_runtime_cannot_read_is_refused_with_its_reason(
     tmp_path: Path, engine: Engine
 ) -> None:
     for title in ("model.onnx", "model-ragged.onnx"):
-        (tmp_path / title).write_bytes(b"no graph")
+        (tmp_path / title).write_bytes(b"")
     with (
         pytest.raises(EngineLoadError, match=f"ONNX Runtime {ort.__version__}"),
         load(tmp_path, engine.config),

@@ -32,9 +32,9 @@ class ByteText(TextModel):
         self.encoded += 1
         return super().encode(prompt)
 
-    def encode_chat(self, messages):
+    def encode_rendered(self, text):
         self.encoded += 1
-        return super().encode_chat(messages)
+        return super().encode_rendered(text)
 
 
 def make_text(directory, template=TEMPLATE):
@@ -192,8 +192,15 @@ def test_a_chat_that_the_template_makes_longer_than_the_context_is_refused(text)
     asked = request(chat={"messages": [{"role": "user", "content": "x" * 8}]})
     error = refusal(text, asked, context=10)
     assert error.field == "chat"
-    assert "10 tokens and an answer do not fit" in str(error)
+    assert "10 bytes are at least 10 tokens" in str(error)
     assert parse_request(asked, text, CONFIG, 11).max_tokens == 1
+
+
+def test_a_chat_of_too_many_messages_is_refused_before_the_template_sees_it(text):
+    messages = [{"role": "user", "content": ""}] * 4097
+    assert "at most 4096 messages" in str(refusal(text, request(chat={"messages": messages})))
+    text.close()
+    assert text._template._process is None
 
 
 def test_a_chat_of_which_the_template_leaves_leaves_nothing_is_refused(tmp_path):

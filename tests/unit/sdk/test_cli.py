@@ -117,10 +117,25 @@ def test_plan_asks_the_device(bundle, device):
 def test_devices_are_added_listed_and_removed():
     assert "device add" in run("device", "list").stdout
     run("device", "add", "jetson-01", "192.0.2.7:7400")
-    assert good_json("device", "list") == {"devices": [{"name": "jetson-01", "target": "192.0.2.7:7400"}]}
-    assert run("device", "list").stdout.split() == ["NAME", "ADDRESS", "jetson-01", "192.0.2.7:7400"]
+    (listed,) = good_json("device", "list")["devices"]
+    assert listed == {"name": "jetson-01", "target": "192.0.2.7:7400", "groups": [], "tls": None}
+    assert run("device", "list").stdout.splitlines() == [
+        "NAME       OVER  ADDRESS         GROUPS",
+        "jetson-01  tls   192.0.2.7:7400",
+    ]
     run("device", "remove", "jetson-01")
     assert good_json("device", "list") == {"devices": []}
+
+
+def test_a_device_is_added_with_groups_and_with_files_that_are_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = ("--group", "street", "--group", "canary", "--ca", "ca.pem", "--server-name", "board")
+    added = good_json("device", "add", "jetson-01", "192.0.2.7:7400", *options)
+    assert added["groups"] == ["canary", "street"]
+    assert (added["tls"]["ca_file"], added["tls"]["server_name"]) == (str(tmp_path / "ca.pem"), "board")
+    assert "canary, street" in run("device", "list").stdout
+    error = failure("device", "add", "jetson-01", "ssh://board", "--cert", "a.pem", "--key", "a.key")
+    assert "takes no certificate" in error["message"]
 
 
 def test_an_unknown_device_says_how_to_add_it(bundle):
@@ -312,14 +327,13 @@ def test_the_program_exits_with_1_and_two_lines(home):
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr.splitlines() == [
         "error: unknown device 'jetson-09'; known: none",
-        "  try: add it with `edgellm device add jetson-09 HOST:PORT`",
+        "  try: add it with `edgellm device add jetson-09 ssh://USER@HOST`",
     ]
 
 
 def test_the_program_starts_without_grpc_or_pydantic(home):
-    code = (
-        "import sys, edgellm.cli.main; print([m for m in ('grpc', 'pydantic', 'rich') if m in sys.modules])"
-    )
+    late = ("grpc", "pydantic", "rich", "cryptography")
+    code = f"import sys, edgellm.cli.main; print([m for m in {late} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert result.stdout == "[]\n"
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
-from contextlib import asynccontextmanager
 from datetime import timezone
 
 import pytest
@@ -14,37 +14,13 @@ from edgellm.client import AsyncClient, AsyncGeneration, Client, Generation, Mes
 from edgellm.errors import BundleError, DeviceUnreachableError, RemoteError
 from edgellm.memory import plan_memory
 from edgellm.v1 import device_pb2, inference_pb2
-from tests.support.fake_device import serve
 from tests.support.tiny_bundle import WEIGHTS, make_files
-
-
-class Blocking:
-    """Runs the sync client where the tests await, so that both take the same tests."""
-
-    def __init__(self, client):
-        self._client = client
-
-    def __getattr__(self, name):
-        method = getattr(self._client, name)
-
-        async def call(*args, **kwargs):
-            return await asyncio.to_thread(method, *args, **kwargs)
-
-        return call
+from tests.support.twins import connected
 
 
 @pytest.fixture(params=["sync", "async"])
 def connect(request):
-    @asynccontextmanager
-    async def connected(target, **options):
-        if request.param == "sync":
-            with Client(target, **options) as client:
-                yield Blocking(client)
-        else:
-            async with AsyncClient(target, **options) as client:
-                yield client
-
-    return connected
+    return functools.partial(connected, request.param)
 
 
 def weights_digest(bundle: Bundle) -> str:
@@ -103,7 +79,7 @@ async def test_a_cut_push_goes_on_where_it_was_cut(connect, target, bundle, devi
     device.cut_after_bytes[weights] = 1 << 20
     async with connect(target) as client:
         with pytest.raises(DeviceUnreachableError):
-            await client.push(bundle, bundle.variants[0].digest)
+            await client.push(bundle, bundle.variants[0].digest, retry_for_s=0)
         have = len(device.partial[weights])
         device.link_down = False
         result = await client.push(bundle, bundle.variants[0].digest)
@@ -315,17 +291,6 @@ async def test_telemetry_comes_until_nobody_listens(target, device):
         assert await asyncio.to_thread(device.cancelled.wait, 5)
 
 
-def test_a_proxy_of_the_environment_is_not_asked(device, monkeypatch):
-    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
-    monkeypatch.setenv("no_proxy", "")
-    server, port = serve(device, "127.0.0.1:0")
-    try:
-        with Client(f"127.0.0.1:{port}") as client:
-            assert client.info().device == "fake-01"
-    finally:
-        server.stop(grace=None).wait()
-
-
 async def test_the_log_is_read_and_followed_in_the_same_words(target, device):
     for text in ("one", "two"):
         device.log.append(device_pb2.LogLine(level="INFO", logger="edgellm_agent.store", text=text))
@@ -348,3 +313,24 @@ async def test_a_pin_says_which_engine_it_keeps(connect, target, device):
         assert device.pinned
         await client.pin(False)
         assert not device.pinned
+
+
+async def test_who_one_is_and_the_audit_log_come_in_the_same_words(target, device):
+    for outcome in ("OK", "NOT_FOUND", "DENIED"):
+        device.audit.append(device_pb2.AuditRecord(caller="uid 1", subject="x", outcome=outcome))
+    device.audit_was_changed = True
+    with Client(target) as client:
+        told, records = client.whoami(), client.audit(2)
+        first, second = next(records), next(records)
+        with pytest.raises(RemoteError, match="was changed") as error:
+            next(records)
+    async with AsyncClient(target) as client:
+        assert await client.whoami() == told
+        waited = client.audit(2)
+        assert [await anext(waited), await anext(waited)] == [first, second]
+        with pytest.raises(RemoteError, match="was changed"):
+            await anext(waited)
+    assert (told.caller, told.role) == ("uid 1000", "operator")
+    assert error.value.code == "DATA_LOSS"
+    assert (first.outcome, second.outcome) == ("NOT_FOUND", "DENIED")
+    assert (first.caller, first.time.tzinfo) == ("uid 1", timezone.utc)

@@ -151,3 +151,69 @@ def test_info_shows_how_the_governor_feels_if_there_is_one(device):
     device.records = [record(state="HOT")]
     assert run("info", "jetson-01").stdout.splitlines()[-1].split() == ["governor", "HOT,", "temperature"]
     assert json.loads(run("info", "jetson-01", "--json").stdout)["governor"]["state"] == "HOT"
+
+
+def audit_record(sequence: int, **changes: str) -> device_pb2.AuditRecord:
+    record = device_pb2.AuditRecord(
+        sequence=sequence,
+        caller="uid 1000",
+        role="operator",
+        method="EngineService/Activate",
+        subject="sha256:1",
+        outcome="OK",
+        previous="5e8f",
+    )
+    record.MergeFrom(device_pb2.AuditRecord(**changes))
+    record.time.FromSeconds(1_772_366_400 + sequence)
+    return record
+
+
+def test_whoami_says_who_one_is_and_in_which_role():
+    assert run("whoami", "jetson-01").stdout.splitlines() == ["caller  uid 1000", "role    operator"]
+    assert json.loads(run("whoami", "jetson-01", "--json").stdout) == {
+        "caller": "uid 1000",
+        "role": "operator",
+    }
+
+
+def test_the_audit_log_is_a_table_of_its_last_records(device):
+    device.audit = [
+        audit_record(1),
+        audit_record(2, caller="certificate eve", role="viewer", outcome="PERMISSION_DENIED"),
+        audit_record(3, subject="\x1b[2Jtwo"),
+    ]
+    assert run("audit", "jetson-01", "--limit", 2).stdout.splitlines() == [
+        "TIME                 CALLER           ROLE      METHOD                  SUBJECT   OUTCOME",
+        "2026-03-01 12:00:02  certificate eve  viewer    EngineService/Activate  sha256:1  PERMISSION_DENIED",
+        "2026-03-01 12:00:03  uid 1000         operator  EngineService/Activate  [2Jtwo    OK",
+    ]
+
+
+def test_the_audit_log_in_json_is_one_record_per_line(device):
+    device.audit = [audit_record(1), audit_record(2)]
+    lines = [json.loads(line) for line in run("audit", "jetson-01", "--json").stdout.splitlines()]
+    assert [line["sequence"] for line in lines] == [1, 2]
+    assert lines[0] == {
+        "sequence": 1,
+        "time": "2026-03-01T12:00:01+00:00",
+        "caller": "uid 1000",
+        "role": "operator",
+        "method": "EngineService/Activate",
+        "subject": "sha256:1",
+        "outcome": "OK",
+        "previous": "5e8f",
+    }
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_an_audit_log_that_was_changed_is_printed_and_then_told_of(device, options):
+    device.audit, device.audit_was_changed = [audit_record(1)], True
+    result = run("audit", "jetson-01", *options)
+    assert result.exit_code == 1
+    assert "EngineService/Activate" in result.stdout
+    assert "was changed" in result.stderr
+
+
+def test_an_audit_log_without_records_prints_nothing():
+    result = run("audit", "jetson-01")
+    assert (result.exit_code, result.stdout) == (0, "")

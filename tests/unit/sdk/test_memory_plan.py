@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from edgellm.errors import DoesNotFitError
 from edgellm.memory import (
     MINIMAL_CONTEXT_TOKENS,
+    TEMPLATE_BYTES,
     VERIFIED_TOKENS,
     WORKER_BYTES,
     MemoryPlan,
@@ -100,7 +101,10 @@ def test_plenty_of_memory_gives_what_was_asked_for_and_no_more():
     assert (plan.context_tokens, plan.max_sequences) == (1000, 3)
     assert plan.kv_bytes == 3 * 1024 * CONFIG.kv_bytes_per_token == 3 * 1024 * 2 * 2 * 2 * 16 * 4
     logits_bytes = VERIFIED_TOKENS * CONFIG.model.vocab_size * 4 + CONFIG.model.vocab_size * 384
-    assert plan.workspace_bytes == WORKER_BYTES + MIB + 64 * 1024 + 4 * 64 * 1000 * 4 + logits_bytes
+    assert (
+        plan.workspace_bytes
+        == WORKER_BYTES + TEMPLATE_BYTES + MIB + 64 * 1024 + 4 * 64 * 1000 * 4 + logits_bytes
+    )
 
 
 def test_a_plan_survives_the_wire():

@@ -44,7 +44,8 @@ def test_a_whole_board_is_told_in_one_aligned_table(tmp_path: Path) -> None:
     assert lines[0].split() == ["source", "sysfs"]
     assert lines[1].split() == ["board", "nvidia,p3768-0000+p3767-0005"]
     assert lines[2].split() == ["L4T", "R36.4.3"]
-    table = lines[4:]
+    assert lines[3].split()[0] == "sandbox"
+    table = lines[5:]
     columns = [table[0].index(title) for title in ("PART", "FIGURE", "STATE", "DETAIL")]
     assert all(line[column - 1] == " " for line in table for column in columns[1:])
     assert "temperature   ok      6 zones, hottest tj-thermal 49.2 °C" in result.stdout
