@@ -80,6 +80,8 @@ def test_an_engine_whose_worker_dies_twice_on_probation_is_rolled_back(
         steps: list[str] = []
         client.activate(variant.digest, lambda step: steps.append(step.phase))
         assert steps == ["verifying", "loading", "canary", "probation"]
+        done = [(record.method, record.outcome) for record in client.audit(10)]
+        assert done[-1] == ("EngineService/Activate", "OK")
         assert states(watching) == {"tiny": "STORED", "other": "PROBATION"}
         kill_worker(watching)
         os.kill(watching.worker_pid(), signal.SIGKILL)

@@ -43,7 +43,8 @@ class EngineServicer(PushMethods):
             self._phases(
                 lambda on_phase: self._manager.activate(
                     request.engine, on_phase, _caller(), beside=request.beside, force=request.force
-                )
+                ),
+                until_committed=request.until_committed,
             )
         ) as phases:
             async for phase in phases:
@@ -54,7 +55,10 @@ class EngineServicer(PushMethods):
         self, request: engines_pb2.RollbackRequest, context: status.Context
     ) -> AsyncGenerator[engines_pb2.ActivateResponse, None]:
         async with aclosing(
-            self._phases(lambda on_phase: self._manager.roll_back(on_phase, _caller(), force=request.force))
+            self._phases(
+                lambda on_phase: self._manager.roll_back(on_phase, _caller(), force=request.force),
+                until_committed=request.until_committed,
+            )
         ) as phases:
             async for phase in phases:
                 yield phase
@@ -111,9 +115,9 @@ class EngineServicer(PushMethods):
             await self._manager.holds.ended()
 
     async def _phases(
-        self, change: Callable[[OnPhase], Awaitable[StoredEngine]]
+        self, change: Callable[[OnPhase], Awaitable[StoredEngine]], *, until_committed: bool
     ) -> AsyncGenerator[engines_pb2.ActivateResponse, None]:
-        """The phases of a change, up to the end of the engine's probation."""
+        """The phases of a change, up to the engine's first answer, or to the end of its probation."""
         phases: asyncio.Queue[Phase | None] = asyncio.Queue()
         # A task of its own: an activation goes on when the link to the client drops.
         task: asyncio.Future[StoredEngine] = asyncio.ensure_future(change(phases.put_nowait))
@@ -125,7 +129,7 @@ class EngineServicer(PushMethods):
             last = phase
             yield phase_message(phase)
         stored = await task
-        if last is not None and last.phase == engines_pb2.ACTIVATION_PHASE_PROBATION:
+        if until_committed and last is not None and last.phase == engines_pb2.ACTIVATION_PHASE_PROBATION:
             await self._manager.proven(stored)
             elapsed_s = last.elapsed_s + last.probation_s
             yield phase_message(Phase(engines_pb2.ACTIVATION_PHASE_COMMITTED, elapsed_s, last.plan))

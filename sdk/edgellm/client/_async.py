@@ -173,9 +173,11 @@ class AsyncClient:
         timeout_s: float = 600.0,
     ) -> MemoryPlan:
         """Makes an engine the one that answers; returns what the device granted; see `Client.activate`."""
-        request = engines_pb2.ActivateRequest(engine=engine, beside=beside, force=force)
+        request = engines_pb2.ActivateRequest(
+            engine=engine, beside=beside, force=force, until_committed=until_committed
+        )
         call = self._engines.Activate(request, timeout=timeout_s)
-        return await self._follow(call, on_phase, until_committed)
+        return await self._follow(call, on_phase)
 
     async def roll_back(
         self,
@@ -186,8 +188,10 @@ class AsyncClient:
         timeout_s: float = 600.0,
     ) -> MemoryPlan:
         """Activates the engine that was committed before the present one; see `activate`."""
-        call = self._engines.Rollback(engines_pb2.RollbackRequest(force=force), timeout=timeout_s)
-        return await self._follow(call, on_phase, until_committed)
+        call = self._engines.Rollback(
+            engines_pb2.RollbackRequest(force=force, until_committed=until_committed), timeout=timeout_s
+        )
+        return await self._follow(call, on_phase)
 
     async def deactivate(self, engine: str, *, force: bool = False) -> None:
         """Takes an engine that answers beside the default one out of memory; it stays on the disk."""
@@ -314,9 +318,8 @@ class AsyncClient:
         self,
         call: grpc.aio.UnaryStreamCall[Any, engines_pb2.ActivateResponse],
         on_phase: Callable[[ActivationStep], None] | None,
-        until_committed: bool,
     ) -> MemoryPlan:
-        """Takes the phases of an activation up to where it answers, or is committed."""
+        """Takes the phases of an activation."""
         step = None
         try:
             with translated(self.target):
@@ -324,8 +327,6 @@ class AsyncClient:
                     step = ActivationStep.from_proto(message)
                     if on_phase is not None:
                         on_phase(step)
-                    if step.answers and not until_committed:
-                        break
         finally:
             call.cancel()
         return model_.granted(step)

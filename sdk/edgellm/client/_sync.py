@@ -196,9 +196,11 @@ class Client:
 
         Raises RemoteError if the device stays with the engine that it had, or goes back to it.
         """
-        request = engines_pb2.ActivateRequest(engine=engine, beside=beside, force=force)
+        request = engines_pb2.ActivateRequest(
+            engine=engine, beside=beside, force=force, until_committed=until_committed
+        )
         call = self._engines.Activate(request, timeout=timeout_s)
-        return self._follow(call, on_phase, until_committed)
+        return self._follow(call, on_phase)
 
     def roll_back(
         self,
@@ -209,8 +211,10 @@ class Client:
         timeout_s: float = 600.0,
     ) -> MemoryPlan:
         """Activates the engine that was committed before the present one; see `activate`."""
-        call = self._engines.Rollback(engines_pb2.RollbackRequest(force=force), timeout=timeout_s)
-        return self._follow(call, on_phase, until_committed)
+        call = self._engines.Rollback(
+            engines_pb2.RollbackRequest(force=force, until_committed=until_committed), timeout=timeout_s
+        )
+        return self._follow(call, on_phase)
 
     def deactivate(self, engine: str, *, force: bool = False) -> None:
         """Takes an engine that answers beside the default one out of memory; it stays on the disk."""
@@ -365,9 +369,8 @@ class Client:
         self,
         call: _ActivationCall,
         on_phase: Callable[[ActivationStep], None] | None,
-        until_committed: bool,
     ) -> MemoryPlan:
-        """Takes the phases of an activation up to where it answers, or is committed."""
+        """Takes the phases of an activation."""
         step = None
         try:
             with translated(self.target):
@@ -375,8 +378,6 @@ class Client:
                     step = ActivationStep.from_proto(message)
                     if on_phase is not None:
                         on_phase(step)
-                    if step.answers and not until_committed:
-                        break
         finally:
             call.cancel()
         return model_.granted(step)

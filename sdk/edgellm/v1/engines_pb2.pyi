@@ -236,20 +236,24 @@ class ActivateRequest(google.protobuf.message.Message):
     ENGINE_FIELD_NUMBER: builtins.int
     BESIDE_FIELD_NUMBER: builtins.int
     FORCE_FIELD_NUMBER: builtins.int
+    UNTIL_COMMITTED_FIELD_NUMBER: builtins.int
     engine: builtins.str
     """Manifest digest, or the name of an engine if only one has it."""
     beside: builtins.bool
     """It answers requests that name it, beside the default engine, which stays. Refused where memory does not allow it."""
     force: builtins.bool
     """Though somebody holds the engines."""
+    until_committed: builtins.bool
+    """Tell the end of the probation, too."""
     def __init__(
         self,
         *,
         engine: builtins.str = ...,
         beside: builtins.bool = ...,
         force: builtins.bool = ...,
+        until_committed: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["beside", b"beside", "engine", b"engine", "force", b"force"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["beside", b"beside", "engine", b"engine", "force", b"force", "until_committed", b"until_committed"]) -> None: ...
 
 global___ActivateRequest = ActivateRequest
 
@@ -318,14 +322,18 @@ class RollbackRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     FORCE_FIELD_NUMBER: builtins.int
+    UNTIL_COMMITTED_FIELD_NUMBER: builtins.int
     force: builtins.bool
     """Though somebody holds the engines."""
+    until_committed: builtins.bool
+    """Tell the end of the probation, too."""
     def __init__(
         self,
         *,
         force: builtins.bool = ...,
+        until_committed: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["force", b"force"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["force", b"force", "until_committed", b"until_committed"]) -> None: ...
 
 global___RollbackRequest = RollbackRequest
 

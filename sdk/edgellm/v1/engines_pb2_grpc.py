@@ -105,8 +105,8 @@ class EngineServiceServicer(object):
 
     def Activate(self, request, context):
         """Makes a registered engine the one that answers. The stream tells each phase. From PROBATION on the engine answers; the stream
-        ends after COMMITTED, or with the error that made the device stay with, or go back to, the engine it had. The activation goes
-        on when the stream is cut.
+        ends there, or with `until_committed` after COMMITTED, or with the error that made the device stay with, or go back to, the
+        engine it had. The activation goes on when the stream is cut.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

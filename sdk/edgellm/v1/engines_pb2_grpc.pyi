@@ -52,8 +52,8 @@ class EngineServiceStub:
         edgellm.v1.engines_pb2.ActivateResponse,
     ]
     """Makes a registered engine the one that answers. The stream tells each phase. From PROBATION on the engine answers; the stream
-    ends after COMMITTED, or with the error that made the device stay with, or go back to, the engine it had. The activation goes
-    on when the stream is cut.
+    ends there, or with `until_committed` after COMMITTED, or with the error that made the device stay with, or go back to, the
+    engine it had. The activation goes on when the stream is cut.
     """
 
     Deactivate: grpc.UnaryUnaryMultiCallable[
@@ -133,8 +133,8 @@ class EngineServiceAsyncStub:
         edgellm.v1.engines_pb2.ActivateResponse,
     ]
     """Makes a registered engine the one that answers. The stream tells each phase. From PROBATION on the engine answers; the stream
-    ends after COMMITTED, or with the error that made the device stay with, or go back to, the engine it had. The activation goes
-    on when the stream is cut.
+    ends there, or with `until_committed` after COMMITTED, or with the error that made the device stay with, or go back to, the
+    engine it had. The activation goes on when the stream is cut.
     """
 
     Deactivate: grpc.aio.UnaryUnaryMultiCallable[
@@ -222,8 +222,8 @@ class EngineServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[edgellm.v1.engines_pb2.ActivateResponse], collections.abc.AsyncIterator[edgellm.v1.engines_pb2.ActivateResponse]]:
         """Makes a registered engine the one that answers. The stream tells each phase. From PROBATION on the engine answers; the stream
-        ends after COMMITTED, or with the error that made the device stay with, or go back to, the engine it had. The activation goes
-        on when the stream is cut.
+        ends there, or with `until_committed` after COMMITTED, or with the error that made the device stay with, or go back to, the
+        engine it had. The activation goes on when the stream is cut.
         """
 
     @abc.abstractmethod
