@@ -105,6 +105,18 @@ def test_an_agent_that_is_killed_keeps_the_engine_that_it_had_promised(
     assert story(watching)[-1] == ("ACTIVATED", second)
 
 
+def test_an_operator_goes_back_to_the_engine_before(serving: Agent, tiny: Bundle, other_tiny: Bundle) -> None:
+    first = tiny.variants[0].digest
+    push(serving, other_tiny)
+    with serving.client() as client:
+        steps: list[str] = []
+        client.roll_back(lambda step: steps.append(step.phase))
+        assert steps == ["verifying", "loading", "canary", "committed"]
+        assert client.info().active_engine == first
+        with client.hold("docking"), pytest.raises(RemoteError, match="docking"):
+            client.roll_back()
+
+
 def test_a_client_may_wait_until_an_engine_is_committed(short_dir: Path, tiny: Bundle) -> None:
     with running_agent(short_dir, probation_s=0.3) as agent, agent.client() as client:
         (variant,) = tiny.variants

@@ -53,7 +53,7 @@ class EngineServicer(PushMethods):
     @status.stream
     async def Rollback(
         self, request: engines_pb2.RollbackRequest, context: status.Context
-    ) -> AsyncGenerator[engines_pb2.ActivateResponse, None]:
+    ) -> AsyncGenerator[engines_pb2.RollbackResponse, None]:
         async with aclosing(
             self._phases(
                 lambda on_phase: self._manager.roll_back(on_phase, _caller(), force=request.force),
@@ -61,7 +61,7 @@ class EngineServicer(PushMethods):
             )
         ) as phases:
             async for phase in phases:
-                yield phase
+                yield engines_pb2.RollbackResponse(step=phase)
 
     @status.unary
     async def Deactivate(

@@ -316,7 +316,7 @@ class AsyncClient:
 
     async def _follow(
         self,
-        call: grpc.aio.UnaryStreamCall[Any, engines_pb2.ActivateResponse],
+        call: grpc.aio.UnaryStreamCall[Any, Any],
         on_phase: Callable[[ActivationStep], None] | None,
     ) -> MemoryPlan:
         """Takes the phases of an activation."""

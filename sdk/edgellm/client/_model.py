@@ -220,8 +220,12 @@ class ActivationStep:
         return self.phase in {"probation", "committed"}
 
     @classmethod
-    def from_proto(cls, message: engines_pb2.ActivateResponse) -> ActivationStep:
+    def from_proto(
+        cls, message: engines_pb2.ActivateResponse | engines_pb2.RollbackResponse
+    ) -> ActivationStep:
         """The same facts from a protobuf message."""
+        if isinstance(message, engines_pb2.RollbackResponse):
+            message = message.step
         return cls(
             phase=word(engines_pb2.ActivationPhase.Name, message.phase, "ACTIVATION_PHASE_"),
             elapsed_s=message.elapsed_s,

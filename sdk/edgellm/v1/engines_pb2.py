@@ -17,15 +17,15 @@ from edgellm.v1 import fleet_pb2 as edgellm_dot_v1_dot_fleet__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x65\x64gellm/v1/engines.proto\x12\nedgellm.v1\x1a\x17\x65\x64gellm/v1/device.proto\x1a\x16\x65\x64gellm/v1/fleet.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"H\n\x0ePrepareRequest\x12\x10\n\x08manifest\x18\x01 \x01(\x0c\x12\x0e\n\x06\x63onfig\x18\x02 \x01(\x0c\x12\x14\n\x0c\x61ttestations\x18\x03 \x03(\x0c\"q\n\x0fPrepareResponse\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12(\n\x07missing\x18\x02 \x03(\x0b\x32\x17.edgellm.v1.MissingBlob\x12$\n\x04plan\x18\x03 \x01(\x0b\x32\x16.edgellm.v1.MemoryPlan\"G\n\x0bMissingBlob\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x14\n\x0coffset_bytes\x18\x03 \x01(\x04\"U\n\x10WriteBlobRequest\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x16.edgellm.v1.BlobHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"F\n\nBlobHeader\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x14\n\x0coffset_bytes\x18\x03 \x01(\x04\"\'\n\x11WriteBlobResponse\x12\x12\n\nsize_bytes\x18\x01 \x01(\x04\"\x1f\n\rCommitRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\"4\n\x0e\x43ommitResponse\x12\"\n\x06\x65ngine\x18\x01 \x01(\x0b\x32\x12.edgellm.v1.Engine\"Y\n\x0f\x41\x63tivateRequest\x12\x0e\n\x06\x65ngine\x18\x01 \x01(\t\x12\x0e\n\x06\x62\x65side\x18\x02 \x01(\x08\x12\r\n\x05\x66orce\x18\x03 \x01(\x08\x12\x17\n\x0funtil_committed\x18\x04 \x01(\x08\"\x8c\x01\n\x10\x41\x63tivateResponse\x12*\n\x05phase\x18\x01 \x01(\x0e\x32\x1b.edgellm.v1.ActivationPhase\x12\x11\n\telapsed_s\x18\x02 \x01(\x01\x12$\n\x04plan\x18\x03 \x01(\x0b\x32\x16.edgellm.v1.MemoryPlan\x12\x13\n\x0bprobation_s\x18\x04 \x01(\x01\"2\n\x11\x44\x65\x61\x63tivateRequest\x12\x0e\n\x06\x65ngine\x18\x01 \x01(\t\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\"\x14\n\x12\x44\x65\x61\x63tivateResponse\"9\n\x0fRollbackRequest\x12\r\n\x05\x66orce\x18\x01 \x01(\x08\x12\x17\n\x0funtil_committed\x18\x02 \x01(\x08\"\x14\n\x12ListEnginesRequest\":\n\x13ListEnginesResponse\x12#\n\x07\x65ngines\x18\x01 \x03(\x0b\x32\x12.edgellm.v1.Engine\"\xdf\x01\n\x06\x45ngine\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07runtime\x18\x03 \x01(\t\x12\x11\n\tprecision\x18\x04 \x01(\t\x12\x12\n\nsize_bytes\x18\x05 \x01(\x04\x12,\n\x08\x61\x64\x64\x65\x64_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06\x61\x63tive\x18\x07 \x01(\x08\x12\r\n\x05state\x18\x08 \x01(\t\x12\x0e\n\x06proven\x18\t \x01(\x08\x12\x11\n\tsigned_by\x18\n \x03(\t\x12\x0f\n\x07release\x18\x0b \x01(\x04\"#\n\x12ListHistoryRequest\x12\r\n\x05limit\x18\x01 \x01(\r\"@\n\x13ListHistoryResponse\x12)\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x18.edgellm.v1.HistoryEntry\"o\n\x0cHistoryEntry\x12\n\n\x02id\x18\x01 \x01(\x04\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x06\x63hange\x18\x03 \x01(\x0b\x32\x19.edgellm.v1.EngineChanged\"%\n\x13RemoveEngineRequest\x12\x0e\n\x06\x65ngine\x18\x01 \x01(\t\"+\n\x14RemoveEngineResponse\x12\x13\n\x0b\x66reed_bytes\x18\x01 \x01(\x04\"\"\n\x10PinEngineRequest\x12\x0e\n\x06pinned\x18\x01 \x01(\x08\"$\n\x12HoldEnginesRequest\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x15\n\x13HoldEnginesResponse\":\n\x11PinEngineResponse\x12\x0e\n\x06pinned\x18\x01 \x01(\x08\x12\x15\n\ractive_engine\x18\x02 \x01(\t*\xed\x01\n\x0f\x41\x63tivationPhase\x12 \n\x1c\x41\x43TIVATION_PHASE_UNSPECIFIED\x10\x00\x12\x1e\n\x1a\x41\x43TIVATION_PHASE_VERIFYING\x10\x01\x12\x1c\n\x18\x41\x43TIVATION_PHASE_LOADING\x10\x02\x12\x1b\n\x17\x41\x43TIVATION_PHASE_CANARY\x10\x03\x12\x1e\n\x1a\x41\x43TIVATION_PHASE_COMMITTED\x10\x04\x12\x1d\n\x19\x41\x43TIVATION_PHASE_DRAINING\x10\x05\x12\x1e\n\x1a\x41\x43TIVATION_PHASE_PROBATION\x10\x06\x32\xce\x06\n\rEngineService\x12\x42\n\x07Prepare\x12\x1a.edgellm.v1.PrepareRequest\x1a\x1b.edgellm.v1.PrepareResponse\x12J\n\tWriteBlob\x12\x1c.edgellm.v1.WriteBlobRequest\x1a\x1d.edgellm.v1.WriteBlobResponse(\x01\x12?\n\x06\x43ommit\x12\x19.edgellm.v1.CommitRequest\x1a\x1a.edgellm.v1.CommitResponse\x12G\n\x08\x41\x63tivate\x12\x1b.edgellm.v1.ActivateRequest\x1a\x1c.edgellm.v1.ActivateResponse0\x01\x12K\n\nDeactivate\x12\x1d.edgellm.v1.DeactivateRequest\x1a\x1e.edgellm.v1.DeactivateResponse\x12G\n\x08Rollback\x12\x1b.edgellm.v1.RollbackRequest\x1a\x1c.edgellm.v1.ActivateResponse0\x01\x12N\n\x0bListEngines\x12\x1e.edgellm.v1.ListEnginesRequest\x1a\x1f.edgellm.v1.ListEnginesResponse\x12N\n\x0bListHistory\x12\x1e.edgellm.v1.ListHistoryRequest\x1a\x1f.edgellm.v1.ListHistoryResponse\x12Q\n\x0cRemoveEngine\x12\x1f.edgellm.v1.RemoveEngineRequest\x1a .edgellm.v1.RemoveEngineResponse\x12H\n\tPinEngine\x12\x1c.edgellm.v1.PinEngineRequest\x1a\x1d.edgellm.v1.PinEngineResponse\x12P\n\x0bHoldEngines\x12\x1e.edgellm.v1.HoldEnginesRequest\x1a\x1f.edgellm.v1.HoldEnginesResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x65\x64gellm/v1/engines.proto\x12\nedgellm.v1\x1a\x17\x65\x64gellm/v1/device.proto\x1a\x16\x65\x64gellm/v1/fleet.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"H\n\x0ePrepareRequest\x12\x10\n\x08manifest\x18\x01 \x01(\x0c\x12\x0e\n\x06\x63onfig\x18\x02 \x01(\x0c\x12\x14\n\x0c\x61ttestations\x18\x03 \x03(\x0c\"q\n\x0fPrepareResponse\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12(\n\x07missing\x18\x02 \x03(\x0b\x32\x17.edgellm.v1.MissingBlob\x12$\n\x04plan\x18\x03 \x01(\x0b\x32\x16.edgellm.v1.MemoryPlan\"G\n\x0bMissingBlob\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x14\n\x0coffset_bytes\x18\x03 \x01(\x04\"U\n\x10WriteBlobRequest\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x16.edgellm.v1.BlobHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"F\n\nBlobHeader\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x14\n\x0coffset_bytes\x18\x03 \x01(\x04\"\'\n\x11WriteBlobResponse\x12\x12\n\nsize_bytes\x18\x01 \x01(\x04\"\x1f\n\rCommitRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\"4\n\x0e\x43ommitResponse\x12\"\n\x06\x65ngine\x18\x01 \x01(\x0b\x32\x12.edgellm.v1.Engine\"Y\n\x0f\x41\x63tivateRequest\x12\x0e\n\x06\x65ngine\x18\x01 \x01(\t\x12\x0e\n\x06\x62\x65side\x18\x02 \x01(\x08\x12\r\n\x05\x66orce\x18\x03 \x01(\x08\x12\x17\n\x0funtil_committed\x18\x04 \x01(\x08\"\x8c\x01\n\x10\x41\x63tivateResponse\x12*\n\x05phase\x18\x01 \x01(\x0e\x32\x1b.edgellm.v1.ActivationPhase\x12\x11\n\telapsed_s\x18\x02 \x01(\x01\x12$\n\x04plan\x18\x03 \x01(\x0b\x32\x16.edgellm.v1.MemoryPlan\x12\x13\n\x0bprobation_s\x18\x04 \x01(\x01\"2\n\x11\x44\x65\x61\x63tivateRequest\x12\x0e\n\x06\x65ngine\x18\x01 \x01(\t\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\"\x14\n\x12\x44\x65\x61\x63tivateResponse\">\n\x10RollbackResponse\x12*\n\x04step\x18\x01 \x01(\x0b\x32\x1c.edgellm.v1.ActivateResponse\"9\n\x0fRollbackRequest\x12\r\n\x05\x66orce\x18\x01 \x01(\x08\x12\x17\n\x0funtil_committed\x18\x02 \x01(\x08\"\x14\n\x12ListEnginesRequest\":\n\x13ListEnginesResponse\x12#\n\x07\x65ngines\x18\x01 \x03(\x0b\x32\x12.edgellm.v1.Engine\"\xdf\x01\n\x06\x45ngine\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07runtime\x18\x03 \x01(\t\x12\x11\n\tprecision\x18\x04 \x01(\t\x12\x12\n\nsize_bytes\x18\x05 \x01(\x04\x12,\n\x08\x61\x64\x64\x65\x64_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06\x61\x63tive\x18\x07 \x01(\x08\x12\r\n\x05state\x18\x08 \x01(\t\x12\x0e\n\x06proven\x18\t \x01(\x08\x12\x11\n\tsigned_by\x18\n \x03(\t\x12\x0f\n\x07release\x18\x0b \x01(\x04\"#\n\x12ListHistoryRequest\x12\r\n\x05limit\x18\x01 \x01(\r\"@\n\x13ListHistoryResponse\x12)\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x18.edgellm.v1.HistoryEntry\"o\n\x0cHistoryEntry\x12\n\n\x02id\x18\x01 \x01(\x04\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x06\x63hange\x18\x03 \x01(\x0b\x32\x19.edgellm.v1.EngineChanged\"%\n\x13RemoveEngineRequest\x12\x0e\n\x06\x65ngine\x18\x01 \x01(\t\"+\n\x14RemoveEngineResponse\x12\x13\n\x0b\x66reed_bytes\x18\x01 \x01(\x04\"\"\n\x10PinEngineRequest\x12\x0e\n\x06pinned\x18\x01 \x01(\x08\"$\n\x12HoldEnginesRequest\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x15\n\x13HoldEnginesResponse\":\n\x11PinEngineResponse\x12\x0e\n\x06pinned\x18\x01 \x01(\x08\x12\x15\n\ractive_engine\x18\x02 \x01(\t*\xed\x01\n\x0f\x41\x63tivationPhase\x12 \n\x1c\x41\x43TIVATION_PHASE_UNSPECIFIED\x10\x00\x12\x1e\n\x1a\x41\x43TIVATION_PHASE_VERIFYING\x10\x01\x12\x1c\n\x18\x41\x43TIVATION_PHASE_LOADING\x10\x02\x12\x1b\n\x17\x41\x43TIVATION_PHASE_CANARY\x10\x03\x12\x1e\n\x1a\x41\x43TIVATION_PHASE_COMMITTED\x10\x04\x12\x1d\n\x19\x41\x43TIVATION_PHASE_DRAINING\x10\x05\x12\x1e\n\x1a\x41\x43TIVATION_PHASE_PROBATION\x10\x06\x32\xce\x06\n\rEngineService\x12\x42\n\x07Prepare\x12\x1a.edgellm.v1.PrepareRequest\x1a\x1b.edgellm.v1.PrepareResponse\x12J\n\tWriteBlob\x12\x1c.edgellm.v1.WriteBlobRequest\x1a\x1d.edgellm.v1.WriteBlobResponse(\x01\x12?\n\x06\x43ommit\x12\x19.edgellm.v1.CommitRequest\x1a\x1a.edgellm.v1.CommitResponse\x12G\n\x08\x41\x63tivate\x12\x1b.edgellm.v1.ActivateRequest\x1a\x1c.edgellm.v1.ActivateResponse0\x01\x12K\n\nDeactivate\x12\x1d.edgellm.v1.DeactivateRequest\x1a\x1e.edgellm.v1.DeactivateResponse\x12G\n\x08Rollback\x12\x1b.edgellm.v1.RollbackRequest\x1a\x1c.edgellm.v1.RollbackResponse0\x01\x12N\n\x0bListEngines\x12\x1e.edgellm.v1.ListEnginesRequest\x1a\x1f.edgellm.v1.ListEnginesResponse\x12N\n\x0bListHistory\x12\x1e.edgellm.v1.ListHistoryRequest\x1a\x1f.edgellm.v1.ListHistoryResponse\x12Q\n\x0cRemoveEngine\x12\x1f.edgellm.v1.RemoveEngineRequest\x1a .edgellm.v1.RemoveEngineResponse\x12H\n\tPinEngine\x12\x1c.edgellm.v1.PinEngineRequest\x1a\x1d.edgellm.v1.PinEngineResponse\x12P\n\x0bHoldEngines\x12\x1e.edgellm.v1.HoldEnginesRequest\x1a\x1f.edgellm.v1.HoldEnginesResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'edgellm.v1.engines_pb2', _globals)
 if _descriptor._USE_C_DESCRIPTORS == False:
   DESCRIPTOR._options = None
-  _globals['_ACTIVATIONPHASE']._serialized_start=1804
-  _globals['_ACTIVATIONPHASE']._serialized_end=2041
+  _globals['_ACTIVATIONPHASE']._serialized_start=1868
+  _globals['_ACTIVATIONPHASE']._serialized_end=2105
   _globals['_PREPAREREQUEST']._serialized_start=122
   _globals['_PREPAREREQUEST']._serialized_end=194
   _globals['_PREPARERESPONSE']._serialized_start=196
@@ -50,32 +50,34 @@ if _descriptor._USE_C_DESCRIPTORS == False:
   _globals['_DEACTIVATEREQUEST']._serialized_end=955
   _globals['_DEACTIVATERESPONSE']._serialized_start=957
   _globals['_DEACTIVATERESPONSE']._serialized_end=977
-  _globals['_ROLLBACKREQUEST']._serialized_start=979
-  _globals['_ROLLBACKREQUEST']._serialized_end=1036
-  _globals['_LISTENGINESREQUEST']._serialized_start=1038
-  _globals['_LISTENGINESREQUEST']._serialized_end=1058
-  _globals['_LISTENGINESRESPONSE']._serialized_start=1060
-  _globals['_LISTENGINESRESPONSE']._serialized_end=1118
-  _globals['_ENGINE']._serialized_start=1121
-  _globals['_ENGINE']._serialized_end=1344
-  _globals['_LISTHISTORYREQUEST']._serialized_start=1346
-  _globals['_LISTHISTORYREQUEST']._serialized_end=1381
-  _globals['_LISTHISTORYRESPONSE']._serialized_start=1383
-  _globals['_LISTHISTORYRESPONSE']._serialized_end=1447
-  _globals['_HISTORYENTRY']._serialized_start=1449
-  _globals['_HISTORYENTRY']._serialized_end=1560
-  _globals['_REMOVEENGINEREQUEST']._serialized_start=1562
-  _globals['_REMOVEENGINEREQUEST']._serialized_end=1599
-  _globals['_REMOVEENGINERESPONSE']._serialized_start=1601
-  _globals['_REMOVEENGINERESPONSE']._serialized_end=1644
-  _globals['_PINENGINEREQUEST']._serialized_start=1646
-  _globals['_PINENGINEREQUEST']._serialized_end=1680
-  _globals['_HOLDENGINESREQUEST']._serialized_start=1682
-  _globals['_HOLDENGINESREQUEST']._serialized_end=1718
-  _globals['_HOLDENGINESRESPONSE']._serialized_start=1720
-  _globals['_HOLDENGINESRESPONSE']._serialized_end=1741
-  _globals['_PINENGINERESPONSE']._serialized_start=1743
-  _globals['_PINENGINERESPONSE']._serialized_end=1801
-  _globals['_ENGINESERVICE']._serialized_start=2044
-  _globals['_ENGINESERVICE']._serialized_end=2890
+  _globals['_ROLLBACKRESPONSE']._serialized_start=979
+  _globals['_ROLLBACKRESPONSE']._serialized_end=1041
+  _globals['_ROLLBACKREQUEST']._serialized_start=1043
+  _globals['_ROLLBACKREQUEST']._serialized_end=1100
+  _globals['_LISTENGINESREQUEST']._serialized_start=1102
+  _globals['_LISTENGINESREQUEST']._serialized_end=1122
+  _globals['_LISTENGINESRESPONSE']._serialized_start=1124
+  _globals['_LISTENGINESRESPONSE']._serialized_end=1182
+  _globals['_ENGINE']._serialized_start=1185
+  _globals['_ENGINE']._serialized_end=1408
+  _globals['_LISTHISTORYREQUEST']._serialized_start=1410
+  _globals['_LISTHISTORYREQUEST']._serialized_end=1445
+  _globals['_LISTHISTORYRESPONSE']._serialized_start=1447
+  _globals['_LISTHISTORYRESPONSE']._serialized_end=1511
+  _globals['_HISTORYENTRY']._serialized_start=1513
+  _globals['_HISTORYENTRY']._serialized_end=1624
+  _globals['_REMOVEENGINEREQUEST']._serialized_start=1626
+  _globals['_REMOVEENGINEREQUEST']._serialized_end=1663
+  _globals['_REMOVEENGINERESPONSE']._serialized_start=1665
+  _globals['_REMOVEENGINERESPONSE']._serialized_end=1708
+  _globals['_PINENGINEREQUEST']._serialized_start=1710
+  _globals['_PINENGINEREQUEST']._serialized_end=1744
+  _globals['_HOLDENGINESREQUEST']._serialized_start=1746
+  _globals['_HOLDENGINESREQUEST']._serialized_end=1782
+  _globals['_HOLDENGINESRESPONSE']._serialized_start=1784
+  _globals['_HOLDENGINESRESPONSE']._serialized_end=1805
+  _globals['_PINENGINERESPONSE']._serialized_start=1807
+  _globals['_PINENGINERESPONSE']._serialized_end=1865
+  _globals['_ENGINESERVICE']._serialized_start=2108
+  _globals['_ENGINESERVICE']._serialized_end=2954
 # @@protoc_insertion_point(module_scope)

@@ -318,6 +318,25 @@ class DeactivateResponse(google.protobuf.message.Message):
 global___DeactivateResponse = DeactivateResponse
 
 @typing.final
+class RollbackResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    STEP_FIELD_NUMBER: builtins.int
+    @property
+    def step(self) -> global___ActivateResponse:
+        """Of the activation of the engine that is gone back to."""
+
+    def __init__(
+        self,
+        *,
+        step: global___ActivateResponse | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["step", b"step"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["step", b"step"]) -> None: ...
+
+global___RollbackResponse = RollbackResponse
+
+@typing.final
 class RollbackRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 

@@ -44,7 +44,7 @@ class EngineServiceStub(object):
         self.Rollback = channel.unary_stream(
                 '/edgellm.v1.EngineService/Rollback',
                 request_serializer=edgellm_dot_v1_dot_engines__pb2.RollbackRequest.SerializeToString,
-                response_deserializer=edgellm_dot_v1_dot_engines__pb2.ActivateResponse.FromString,
+                response_deserializer=edgellm_dot_v1_dot_engines__pb2.RollbackResponse.FromString,
                 )
         self.ListEngines = channel.unary_unary(
                 '/edgellm.v1.EngineService/ListEngines',
@@ -192,7 +192,7 @@ def add_EngineServiceServicer_to_server(servicer, server):
             'Rollback': grpc.unary_stream_rpc_method_handler(
                     servicer.Rollback,
                     request_deserializer=edgellm_dot_v1_dot_engines__pb2.RollbackRequest.FromString,
-                    response_serializer=edgellm_dot_v1_dot_engines__pb2.ActivateResponse.SerializeToString,
+                    response_serializer=edgellm_dot_v1_dot_engines__pb2.RollbackResponse.SerializeToString,
             ),
             'ListEngines': grpc.unary_unary_rpc_method_handler(
                     servicer.ListEngines,
@@ -329,7 +329,7 @@ class EngineService(object):
             metadata=None):
         return grpc.experimental.unary_stream(request, target, '/edgellm.v1.EngineService/Rollback',
             edgellm_dot_v1_dot_engines__pb2.RollbackRequest.SerializeToString,
-            edgellm_dot_v1_dot_engines__pb2.ActivateResponse.FromString,
+            edgellm_dot_v1_dot_engines__pb2.RollbackResponse.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
 

@@ -64,7 +64,7 @@ class EngineServiceStub:
 
     Rollback: grpc.UnaryStreamMultiCallable[
         edgellm.v1.engines_pb2.RollbackRequest,
-        edgellm.v1.engines_pb2.ActivateResponse,
+        edgellm.v1.engines_pb2.RollbackResponse,
     ]
     """Back to the default engine that was committed before the present one."""
 
@@ -145,7 +145,7 @@ class EngineServiceAsyncStub:
 
     Rollback: grpc.aio.UnaryStreamMultiCallable[
         edgellm.v1.engines_pb2.RollbackRequest,
-        edgellm.v1.engines_pb2.ActivateResponse,
+        edgellm.v1.engines_pb2.RollbackResponse,
     ]
     """Back to the default engine that was committed before the present one."""
 
@@ -239,7 +239,7 @@ class EngineServiceServicer(metaclass=abc.ABCMeta):
         self,
         request: edgellm.v1.engines_pb2.RollbackRequest,
         context: _ServicerContext,
-    ) -> typing.Union[collections.abc.Iterator[edgellm.v1.engines_pb2.ActivateResponse], collections.abc.AsyncIterator[edgellm.v1.engines_pb2.ActivateResponse]]:
+    ) -> typing.Union[collections.abc.Iterator[edgellm.v1.engines_pb2.RollbackResponse], collections.abc.AsyncIterator[edgellm.v1.engines_pb2.RollbackResponse]]:
         """Back to the default engine that was committed before the present one."""
 
     @abc.abstractmethod
