@@ -8,7 +8,7 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,8 +120,8 @@ class Registry:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """All calls within are on disk, or none is."""
-        with transaction(self._db):
+        """All calls within are on disk, or none is; within another one it is a part of that."""
+        with nullcontext() if self._db.in_transaction else transaction(self._db):
             yield
 
     def begin_push(self, digest: str, name: str, now: float) -> None:
@@ -218,15 +218,19 @@ class Registry:
         rows = self._db.execute("SELECT id, time, change FROM history ORDER BY id DESC LIMIT ?", (limit,))
         return [HistoryRow(i, at, fleet_pb2.EngineChanged.FromString(change)) for i, at, change in rows]
 
-    def add_attestations(self, digest: str, envelopes: Iterable[bytes]) -> None:
-        """Keeps what was said about an engine; what is known already stays."""
-        self._db.executemany(
-            "INSERT OR IGNORE INTO attestations VALUES (?, ?)", [(digest, envelope) for envelope in envelopes]
-        )
+    def set_attestations(self, digest: str, envelopes: Iterable[bytes]) -> None:
+        """Keeps what was said about an engine, in this order and in place of what was kept before."""
+        with self.together():
+            self._db.execute("DELETE FROM attestations WHERE digest = ?", (digest,))
+            self._db.executemany(
+                "INSERT INTO attestations VALUES (?, ?)", [(digest, envelope) for envelope in envelopes]
+            )
 
     def attestations(self, digest: str) -> list[bytes]:
-        """What was said about an engine: DSSE envelopes."""
-        rows = self._db.execute("SELECT envelope FROM attestations WHERE digest = ?", (digest,))
+        """What was said about an engine: DSSE envelopes, as `set_attestations` had them."""
+        rows = self._db.execute(
+            "SELECT envelope FROM attestations WHERE digest = ? ORDER BY rowid", (digest,)
+        )
         return [bytes(envelope) for (envelope,) in rows]
 
     def mark_fetched(self, digest: str) -> None:

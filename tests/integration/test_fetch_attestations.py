@@ -11,18 +11,21 @@ import pytest
 
 from edgellm.bundle import digest as digests
 from edgellm.bundle.attach import attach
-from edgellm.bundle.manifest import INDEX_MEDIA_TYPE, MANIFEST_MEDIA_TYPE, canonical_json
+from edgellm.bundle.manifest import INDEX_MEDIA_TYPE, MANIFEST_MEDIA_TYPE, Descriptor, canonical_json
 from edgellm.bundle.referrers import EMPTY, Referrer
-from edgellm.signing import Envelope
+from edgellm.signing import Envelope, Statement
+from edgellm.signing.statements import PROVENANCE_TYPE
 from edgellm_agent.desired.base import SourceError
 from edgellm_agent.desired.fetch import Fetcher, open_source
 from edgellm_agent.desired.settings import DesiredSettings
 from edgellm_agent.desired.sources import parse_source
 from edgellm_agent.origin import Origin
+from edgellm_agent.trust.policy import DeviceTrust
+from edgellm_agent.trust.settings import TrustSettings
 from tests.support.desired_device import StillManager, make_layout, make_manager
 from tests.support.range_server import Answer, range_server
 from tests.support.registry_server import need_registry, push_with_http, registry_server
-from tests.support.signing import Signer
+from tests.support.signing import NOW_S, Signer
 
 REPOSITORY = "fleet/tiny"
 SIGNER = Signer.make()
@@ -38,7 +41,7 @@ def layout(tmp_path):
 
 async def attestations(source, digest):
     async with open_source(DesiredSettings(sources=[source]), parse_source(source)) as blobs:
-        return await blobs.attestations(digest)
+        return [envelope async for envelope in blobs.attestations(digest)]
 
 
 class Recording(StillManager):
@@ -134,22 +137,51 @@ async def test_a_list_of_itself_is_not_followed_for_ever(layout):
         assert len(server.asked) == 5
 
 
-async def test_as_many_as_a_device_takes_are_read(layout):
-    bundle, digest, _ = layout
-    for number in range(20):
-        envelope = Envelope(str(number).encode()).to_json()
-        referrer = Referrer.build(bundle.referrers(digest)[0].descriptor, envelope)
-        about = json.loads(referrer.raw)
-        about["subject"]["digest"] = digest
-        raw = canonical_json(about)
-        for data in (envelope, raw):
+def pile_up(bundle, digest, envelopes):
+    """As in a registry, which keeps what was attached to each build of an engine."""
+    subject = Descriptor(MANIFEST_MEDIA_TYPE, digest, len(bundle.manifest(digest).raw))
+    index = json.loads((bundle.path / "index.json").read_bytes())
+    for envelope in envelopes:
+        referrer = Referrer.build(subject, envelope)
+        for data in (envelope, referrer.raw):
             (bundle.path / "blobs/sha256" / digests.hex_of(digests.of_bytes(data))).write_bytes(data)
-        index = json.loads((bundle.path / "index.json").read_bytes())
-        entry = {"mediaType": MANIFEST_MEDIA_TYPE, "digest": digests.of_bytes(raw), "size": len(raw)}
-        index["manifests"].append(entry)
-        (bundle.path / "index.json").write_bytes(canonical_json(index))
+        index["manifests"].append(referrer.index_entry())
+    (bundle.path / "index.json").write_bytes(canonical_json(index))
+
+
+def note(digest, number):
+    return Envelope(Statement("tiny-int4", digest, PROVENANCE_TYPE, {"build": number}).to_json()).to_json()
+
+
+async def test_of_a_very_long_list_the_end_is_read(layout):
+    bundle, digest, _ = layout
+    notes = [note(digest, number) for number in range(300)]
+    pile_up(bundle, digest, notes)
     with range_server(bundle.path) as server:
-        assert len(await attestations(server.url, digest)) == 16
+        # In the order of the index, which names the list of the bundle's own first.
+        assert await attestations(server.url, digest) == [*notes[-254:], *layout[2]]
+
+
+@pytest.mark.parametrize("place", ["first", "last"])
+async def test_a_device_finds_the_release_among_the_notes_of_many_builds(tmp_path, place):
+    bundle, digest = make_layout(tmp_path / "engine.bundle")
+    notes = [note(digest, number) for number in range(40)]
+    releases = [SIGNER.release(digest, release=number) for number in range(1, 41)]
+    pile_up(bundle, digest, [*releases, *notes] if place == "first" else [*notes, *releases])
+    manager = make_manager(tmp_path / "state")
+    manager.trust = trust = DeviceTrust(
+        TrustSettings(), tmp_path / "state", "orin-nano-8gb", wall_s=lambda: NOW_S, monotonic_s=lambda: 0.0
+    )
+    trust.trust(SIGNER.public)
+    with range_server(bundle.path) as server:
+        settings = DesiredSettings(sources=[server.url])
+        async with open_source(settings, parse_source(server.url)) as blobs:
+            await Fetcher(manager, blobs, digest, Origin("desired", 1), None).fetch()
+    assert set(manager.registry.attestations(digest)) == {notes[-1], releases[-1]}
+    (stored,) = manager.engines()
+    assert manager.standing(stored).endorsement.release == 40
+    await trust.close()
+    manager.registry.close()
 
 
 @pytest.fixture(scope="module")

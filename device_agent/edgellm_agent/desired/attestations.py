@@ -7,7 +7,7 @@ engine as its subject; whose word it is, trust decides. What does not fit is pas
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Protocol
 
 from edgellm.bundle import digest as digests
@@ -15,7 +15,6 @@ from edgellm.bundle.manifest import INDEX_MEDIA_TYPE, MANIFEST_MEDIA_TYPE, Descr
 from edgellm.bundle.referrers import (
     ATTESTATION_TYPE,
     MAX_ATTESTATION_BYTES,
-    MAX_ATTESTATIONS,
     MAX_LIST_BYTES,
     MAX_REFERRER_BYTES,
     Referrer,
@@ -26,8 +25,8 @@ from edgellm_agent.desired.base import SourceError
 
 log = logging.getLogger(__name__)
 
-# A copy of a whole bundle lists its engines too.
-_MAX_CANDIDATES = 64
+# A registry keeps those of each build of an engine, and a copy of a whole bundle lists its engines too.
+_MAX_CANDIDATES = 256
 _MAX_NESTED = 4
 
 Read = Callable[[str, str, int], Awaitable[bytes]]
@@ -50,17 +49,12 @@ class Attestations:
         self._addresses = addresses
         self._read = read
 
-    async def of(self, digest: str) -> list[bytes]:
-        """The envelopes about an engine, as many as a device takes."""
-        found: dict[str, bytes] = {}
+    async def of(self, digest: str) -> AsyncGenerator[bytes, None]:
+        """The envelopes about an engine, in the order of the list, whose end is usually the latest."""
         for candidate in await self._candidates(digest):
             envelope = await self._envelope(candidate, digest)
             if envelope is not None:
-                found[digests.of_bytes(envelope)] = envelope
-            if len(found) == MAX_ATTESTATIONS:
-                log.warning("attestations.enough engine=%s the first %d count", digest, MAX_ATTESTATIONS)
-                break
-        return list(found.values())
+                yield envelope
 
     async def _candidates(self, digest: str) -> list[Descriptor]:
         listed: list[Descriptor] = []
@@ -77,7 +71,9 @@ class Attestations:
         manifests = {
             b.digest: b for b in listed if b.media_type == MANIFEST_MEDIA_TYPE and b.digest != digest
         }
-        return list(manifests.values())[:_MAX_CANDIDATES]
+        if len(manifests) > _MAX_CANDIDATES:
+            log.warning("attestations.too_many engine=%s the last %d are read", digest, _MAX_CANDIDATES)
+        return list(manifests.values())[-_MAX_CANDIDATES:]
 
     async def _envelope(self, candidate: Descriptor, digest: str) -> bytes | None:
         address = self._addresses.manifest(candidate.digest)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
@@ -42,10 +42,11 @@ class BlobSource(Protocol):
     async def manifest(self, digest: str) -> bytes:
         """The manifest's bytes, bounded and not checked yet."""
 
-    async def attestations(self, digest: str) -> list[bytes]:
+    def attestations(self, digest: str) -> AsyncGenerator[bytes, None]:
         """The envelopes that the source has about an engine: bounded, by their digests, and not judged.
 
-        What cannot be read as one is passed over: without it the engine may be refused, with it never taken.
+        There may be more of them than a device keeps: a registry has those of each build. What cannot be read
+        as one is passed over: without it the engine may be refused, with it never taken.
         """
 
     def blob(self, blob: Descriptor, offset: int) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:

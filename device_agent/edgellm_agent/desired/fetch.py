@@ -77,7 +77,7 @@ class Fetcher:
         """
         manifest = await self._read_manifest()
         config = await self._read_config(manifest)
-        attestations = await self._source.attestations(self._digest)
+        attestations = await self._read_attestations(manifest, config)
         try:
             self._manager.prepare(manifest, config, attestations=attestations)
         except TooLargeError:
@@ -132,6 +132,14 @@ class Fetcher:
         raise SourceError(
             f"what came as the manifest does not have the digest {self._digest}", permanent=True
         )
+
+    async def _read_attestations(self, manifest: EngineManifest, config: EngineConfig) -> list[bytes]:
+        """What the source has, as far as a device would keep it: no more than a push may bring."""
+        kept: list[bytes] = []
+        async with contextlib.aclosing(self._source.attestations(self._digest)) as found:
+            async for envelope in found:
+                kept = self._manager.trust.retained(manifest, config, kept, [envelope])
+        return kept
 
     async def _read_config(self, manifest: EngineManifest) -> EngineConfig:
         """The manifest's descriptor bounds the config's size."""

@@ -97,9 +97,9 @@ class HttpSource:
         """The manifest's bytes."""
         return await self._small(self._addresses.manifest(digest), MANIFEST_MEDIA_TYPE, MAX_MANIFEST_BYTES)
 
-    async def attestations(self, digest: str) -> list[bytes]:
+    def attestations(self, digest: str) -> AsyncGenerator[bytes, None]:
         """The envelopes that the source has about an engine."""
-        return await Attestations(self._addresses, self._small).of(digest)
+        return Attestations(self._addresses, self._small).of(digest)
 
     async def _small(self, url: str, accept: str, max_bytes: int) -> bytes:
         """A document, whole and bounded; nothing about it has been checked."""

@@ -43,11 +43,14 @@ class Library:
         self._known_damaged: set[str] = set()
 
     def begin(self, manifest: EngineManifest, config: EngineConfig, attestations: Sequence[bytes]) -> None:
-        """An engine is on its way; from now on the garbage collector leaves its blobs alone."""
+        """An engine is on its way; from now on the garbage collector leaves its blobs alone.
+
+        The attestations replace those that were kept before.
+        """
         self._store.put(manifest.to_json())
         with self._registry.together():
             self._registry.begin_push(manifest.digest, config.name, time.time())
-            self._registry.add_attestations(manifest.digest, attestations)
+            self._registry.set_attestations(manifest.digest, attestations)
         self._store.put(config.to_json())
 
     def whole(self, digest: str) -> StoredEngine:

@@ -180,10 +180,11 @@ class EngineManager:
     ) -> MemoryPlan:
         """Checks that the engine may and can run here.
 
-        Raises PreconditionError, which an UntrustedError is too; DoesNotFitError; TooLargeError for the disk.
+        Raises PreconditionError, which an UntrustedError is too; InvalidError for too many attestations;
+        DoesNotFitError; TooLargeError for the disk.
         """
         self._check_target(config)
-        self._endorsement(manifest, config, attestations)
+        self._endorsement(manifest, config, self._kept(manifest, config, attestations))
         plan = self.plan_for(config)
         # Last: what is refused for another reason has nothing reserved.
         self.store.reserve(manifest.blobs())
@@ -193,7 +194,7 @@ class EngineManager:
         self, manifest: EngineManifest, config: EngineConfig, attestations: Sequence[bytes] = ()
     ) -> None:
         """Registers a push; from now on the garbage collector leaves its blobs alone."""
-        self.library.begin(manifest, config, attestations)
+        self.library.begin(manifest, config, self._kept(manifest, config, attestations))
 
     def commit_push(self, digest: str, by: Origin = LOCAL) -> StoredEngine:
         """Registers the engine as whole; raises NotFoundError or PreconditionError when it is not."""
@@ -231,7 +232,7 @@ class EngineManager:
         if active:
             state = "PROBATION" if self.on_probation(digest) else "COMMITTED" if proven else "UNPROVEN"
         try:
-            endorsement = self._endorsement(stored.manifest, stored.config)
+            endorsement = self._endorsement_of(stored)
         except PreconditionError:
             endorsement = Endorsement()
         return Standing(state, active, proven, endorsement)
@@ -270,7 +271,7 @@ class EngineManager:
             stored = self.find(name)
             try:
                 self._check_target(stored.config)
-                self._endorsed[stored.digest] = self._endorsement(stored.manifest, stored.config)
+                self._endorsed[stored.digest] = self._endorsement_of(stored)
                 if beside:
                     await self._activator.activate_beside(stored, on_phase, by)
                 else:
@@ -356,18 +357,24 @@ class EngineManager:
             # As it was judged when it was activated: a signature may have expired since.
             endorsement = self._endorsed.pop(stored.digest, None)
             if endorsement is None:
-                endorsement = self._endorsement(stored.manifest, stored.config)
+                endorsement = self._endorsement_of(stored)
             self.trust.committed(stored.config, endorsement)
         except Exception:
             log.exception("engine.release_not_remembered engine=%s", stored.digest)
 
+    def _kept(self, manifest: EngineManifest, config: EngineConfig, arrived: Sequence[bytes]) -> list[bytes]:
+        """What is known of an engine once more has arrived; raises InvalidError for too much at once."""
+        return self.trust.retained(manifest, config, self.registry.attestations(manifest.digest), arrived)
+
+    def _endorsement_of(self, stored: StoredEngine) -> Endorsement:
+        return self._endorsement(stored.manifest, stored.config, self.registry.attestations(stored.digest))
+
     def _endorsement(
-        self, manifest: EngineManifest, config: EngineConfig, attestations: Sequence[bytes] = ()
+        self, manifest: EngineManifest, config: EngineConfig, known: Sequence[bytes]
     ) -> Endorsement:
         """Who stands for the engine; raises UntrustedError."""
-        known = {*attestations, *self.registry.attestations(manifest.digest)}
         proven = manifest.digest in self.registry.proven()
-        return self.trust.admit(manifest, config, sorted(known), proven=proven)
+        return self.trust.admit(manifest, config, known, proven=proven)
 
     def _check_target(self, config: EngineConfig) -> None:
         policy, sm = self.policy, self.policy.memory.profile.sm

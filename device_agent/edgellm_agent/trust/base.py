@@ -8,6 +8,8 @@ from typing import Protocol
 
 from edgellm.bundle.config import EngineConfig
 from edgellm.bundle.manifest import EngineManifest
+from edgellm.signing.verification import Expected, Keyring
+from edgellm_agent.trust.retention import retained
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,18 @@ class Endorsement:
 class Trust(Protocol):
     """Says whether an engine may run here."""
 
+    def retained(
+        self,
+        manifest: EngineManifest,
+        config: EngineConfig,
+        stored: Sequence[bytes],
+        arrived: Sequence[bytes],
+    ) -> list[bytes]:
+        """Which attestations about an engine are kept, in the order in which they arrived; see `retention`.
+
+        Raises InvalidError for too many or too large ones at once.
+        """
+
     def admit(
         self,
         manifest: EngineManifest,
@@ -38,7 +52,7 @@ class Trust(Protocol):
         Args:
             manifest: Of the engine; its digest is what a signature must be about.
             config: Of the engine.
-            attestations: DSSE envelopes, JSON; nothing about them has been checked.
+            attestations: DSSE envelopes, JSON, as `retained` chose them; nothing else has been checked.
             proven: It was committed here before: then an older release is no reason to refuse it.
         """
 
@@ -48,6 +62,16 @@ class Trust(Protocol):
 
 class TrustAnyone:
     """Where no key is trusted, no signature is asked for."""
+
+    def retained(
+        self,
+        manifest: EngineManifest,
+        config: EngineConfig,
+        stored: Sequence[bytes],
+        arrived: Sequence[bytes],
+    ) -> list[bytes]:
+        """No key, so no signature, goes before others."""
+        return retained(stored, arrived, Keyring(), Expected(manifest.digest, config.name, None, now_s=0))
 
     def admit(
         self,

@@ -18,14 +18,12 @@ from pathlib import Path
 
 from edgellm.bundle.config import EngineConfig
 from edgellm.bundle.manifest import EngineManifest
-from edgellm.bundle.referrers import check_bounds
-from edgellm.errors import BundleError
 from edgellm.signing.keys import PublicKey
 from edgellm.signing.verification import Expected, judge, signers
-from edgellm_agent.errors import InvalidError
 from edgellm_agent.trust.base import Endorsement
 from edgellm_agent.trust.clock import TrustedClock
 from edgellm_agent.trust.keys import Keys, KnownKey, read_provisioned
+from edgellm_agent.trust.retention import retained
 from edgellm_agent.trust.settings import TrustSettings
 from edgellm_agent.trust.store import TrustStore
 from edgellm_agent.trust.verify import endorsement
@@ -91,6 +89,16 @@ class DeviceTrust:
             self._clock.keep()
         self._store.close()
 
+    def retained(
+        self,
+        manifest: EngineManifest,
+        config: EngineConfig,
+        stored: Sequence[bytes],
+        arrived: Sequence[bytes],
+    ) -> list[bytes]:
+        """As in `base`."""
+        return retained(stored, arrived, self._keys.ring(), self._expected(manifest, config))
+
     def admit(
         self,
         manifest: EngineManifest,
@@ -99,15 +107,11 @@ class DeviceTrust:
         *,
         proven: bool,
     ) -> Endorsement:
-        """As in `base`; raises InvalidError for too many or too large attestations."""
-        try:
-            check_bounds(tuple(attestations))
-        except BundleError as error:
-            raise InvalidError("attestations", error.message) from None
+        """As in `base`."""
         keys = self._keys.ring()
         if not self._required and not keys.trusted and not keys.revoked:
             return Endorsement()
-        expected = Expected(manifest.digest, config.name, self._profile, self._clock.now_s())
+        expected = self._expected(manifest, config)
         oldest = 0 if proven else self._store.highest_release(config.name)
         return endorsement(judge(attestations, keys, expected), keys, expected, oldest)
 
@@ -140,6 +144,9 @@ class DeviceTrust:
         ]
         log.warning("trust.key_revoked name=%s id=%s", revoked.key.name, revoked.key.key_id)
         return revoked, alone
+
+    def _expected(self, manifest: EngineManifest, config: EngineConfig) -> Expected:
+        return Expected(manifest.digest, config.name, self._profile, self._clock.now_s())
 
     async def _follow_clock(self) -> None:
         while self._task is not None:

@@ -21,7 +21,9 @@ def endorsement(verdict: Verdict, keys: Keyring, expected: Expected, oldest_rele
     """
     if not verdict.standing:
         raise UntrustedError(_refusal(verdict.reasons, keys, expected))
-    best = max((item.release for item in verdict.standing), key=lambda release: release.release)
+    best = max(
+        (item.release for item in verdict.standing), key=lambda release: (release.release, release.issued)
+    )
     if best.release < oldest_release:
         reason = (
             f"it is release {best.release} of {expected.name},"

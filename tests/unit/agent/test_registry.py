@@ -1,4 +1,5 @@
 import sqlite3
+from contextlib import nullcontext
 
 import pytest
 
@@ -62,3 +63,37 @@ def test_a_pin_and_what_was_desired_are_there_after_a_restart(registry, tmp_path
     again.set_pinned(False)
     assert not registry.pinned()
     again.close()
+
+
+def test_attestations_are_replaced_as_a_whole_and_keep_their_order(registry, tmp_path):
+    registry.begin_push("sha256:a", "one", 1.0)
+    registry.set_attestations("sha256:a", [b"3", b"1", b"2"])
+    registry.set_attestations("sha256:a", [b"2", b"9", b"1"])
+    again = Registry(tmp_path / "registry.db")
+    assert again.attestations("sha256:a") == [b"2", b"9", b"1"]
+    again.close()
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_attestations_that_cannot_all_be_written_leave_the_old_ones(registry, tmp_path, together):
+    registry.begin_push("sha256:a", "one", 1.0)
+    registry.set_attestations("sha256:a", [b"old"])
+    # The table takes bytes only, so the second one fails when the old ones are deleted already.
+    with pytest.raises(sqlite3.Error), registry.together() if together else nullcontext():
+        registry.set_attestations("sha256:a", [b"new", "not bytes"])
+    again = Registry(tmp_path / "registry.db")
+    assert registry.attestations("sha256:a") == again.attestations("sha256:a") == [b"old"]
+    again.close()
+
+
+def test_what_is_done_within_two_together_is_one_transaction(registry):
+    registry.begin_push("sha256:a", "one", 1.0)
+
+    def cut_short():
+        with registry.together():
+            registry.set_attestations("sha256:a", [b"new"])
+            registry.set_active("sha256:unknown")
+
+    with pytest.raises(sqlite3.Error):
+        cut_short()
+    assert registry.attestations("sha256:a") == []

@@ -192,9 +192,9 @@ async def test_one_key_suffices_and_all_that_stand_for_it_are_named(guarded):
 
 async def test_too_many_or_too_large_attestations_are_refused_on_any_device(device):
     with pytest.raises(InvalidError, match="17 attestations"):
-        device.admit(*[b"{}"] * 17)
+        device.trust.retained(MANIFEST, CONFIG, [], [b"{}"] * 17)
     with pytest.raises(InvalidError, match="65,537 bytes"):
-        device.admit(b" " * 65_537)
+        device.trust.retained(MANIFEST, CONFIG, [], [b" " * 65_537])
 
 
 async def test_a_device_without_keys_does_not_pay_for_cryptography(tmp_path):
