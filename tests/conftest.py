@@ -10,7 +10,7 @@ import pytest
 from edgellm.bundle import Bundle, BundleWriter, EngineConfig
 from edgellm_buildhost.build import build_engine
 from edgellm_buildhost.checkpoint import open_checkpoint
-from edgellm_buildhost.recipe import PrecisionName
+from edgellm_buildhost.recipe import QuantName
 from tests.support.agents import Agent, running_agent
 from tests.support.tiny_models import make_tiny_hf
 
@@ -27,7 +27,7 @@ def make_bundle(
     files = directory / "files"
     files.mkdir(parents=True)
     checkpoint = open_checkpoint(make_tiny_hf(directory / "hf", seed=seed, **(shape or {})))
-    config = build_engine(checkpoint, PrecisionName.INT8, files, profile="orin-nano-8gb", name=name)
+    config = build_engine(checkpoint, QuantName.INT8, files, profile="orin-nano-8gb", name=name)
     config = EngineConfig.model_validate(config.model_dump() | changes)
     with BundleWriter(directory / f"{name}.bundle") as writer:
         writer.add(files, config)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
-from packaging.specifiers import SpecifierSet
 from tokenizers import Tokenizer
 
 from edgellm.bundle.config import Canary, EngineConfig
 from edgellm_buildhost.errors import BuildError
+from edgellm_buildhost.progress import StageProgress
+from edgellm_buildhost.runner import Runner, runs_here
 
 # Models know how it goes on, so their largest logit is far from the next: SmolLM2-135M by 1.6 and more.
 PROMPT = "1, 2, 3, 4, 5, 6, 7, 8,"
@@ -28,34 +27,33 @@ FLOAT_TOLERANCE = 0.01
 _EDGE = 0.2
 # Gaps are rounded to this part of the tolerance.
 _GRAIN = 0.1
-_KV_DTYPES = {"tensor(float)": np.float32, "tensor(int8)": np.int8}
 
 
-def record_canary(
-    directory: Path, config: EngineConfig, progress: Callable[[int, int], None]
-) -> Canary | None:
+def record_canary(directory: Path, config: EngineConfig, progress: StageProgress) -> Canary | None:
     """What the engine in `directory` answers, greedily, to a fixed prompt; equal engines give equal canaries.
 
     None if the ONNX Runtime that is installed here is not one for this engine, the model's context is too
     short, or the very first gap is at the tolerance's edge. It takes the memory of a loaded engine.
     `progress` is told tokens done, and all. Raises BuildError if a logit is not finite.
     """
-    if not SpecifierSet(config.runtime_requires).contains(ort.__version__, prereleases=True):
+    if not runs_here(config.runtime_requires):
         return None
     prompt = _encode(directory, config)
     count = min(TOKENS, config.model.context_length - len(prompt))
     if count < 1:
         return None
     tolerance = _tolerance(config)
-    engine = _Engine(directory / config.files.graph, len(prompt) + count)
-    tokens, gaps, fed = [], [], prompt
+    engine = Runner(directory / config.files.graph, len(prompt) + count)
+    logits = np.empty((1, config.model.vocab_size), np.float32)
+    tokens, gaps, fed, past = [], [], prompt, 0
     for done in range(count):
-        token, gap = _choose(engine.feed(fed))
+        engine.feed(np.array([fed], np.int64), past, logits)
+        token, gap = _choose(logits[0])
         if abs(gap - tolerance) <= _EDGE * tolerance:
             break
         tokens.append(token)
         gaps.append(_rounded(gap, _GRAIN * tolerance))
-        fed = [token]
+        fed, past = [token], past + len(fed)
         progress(done + 1, count)
     if not tokens:
         return None
@@ -88,39 +86,3 @@ def _choose(logits: NDArray[np.float32]) -> tuple[int, float]:
 
 def _rounded(gap: float, grain: float) -> float:
     return round(round(gap / grain) * grain, 6)
-
-
-class _Engine:
-    """One sequence in ONNX Runtime, its caches updated in place."""
-
-    def __init__(self, graph: Path, capacity: int) -> None:
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        self._session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
-        self._caches = {
-            # [rows, kv_heads, capacity, head_dim]
-            item.name: np.zeros((1, item.shape[1], capacity, item.shape[3]), _KV_DTYPES[item.type])
-            for item in self._session.get_inputs()
-            if item.name.startswith("kv_")
-        }
-        self._past = 0
-
-    def feed(self, tokens: list[int]) -> NDArray[np.float32]:
-        """Logits [vocab] of what follows these tokens and all before them."""
-        feeds = {
-            "input_ids": np.array([tokens], np.int64),
-            "past_len": np.array([self._past], np.int32),
-            "query_len": np.array([len(tokens)], np.int32),
-            "logit_index": np.array([len(tokens) - 1], np.int64),
-        }
-        binding = self._session.io_binding()
-        for name, array in feeds.items():
-            binding.bind_cpu_input(name, array)
-        binding.bind_output("logits")
-        for name, cache in self._caches.items():
-            place = ("cpu", 0, cache.dtype, cache.shape, cache.ctypes.data)
-            binding.bind_input(name, *place)
-            binding.bind_output(f"{name}_out", *place)
-        self._session.run_with_iobinding(binding)
-        self._past += len(tokens)
-        return np.asarray(binding.get_outputs()[0].numpy()[0], np.float32)

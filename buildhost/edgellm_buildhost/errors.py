@@ -11,3 +11,7 @@ class BuildError(EdgellmError):
     def __init__(self, message: str, hint: str) -> None:
         """Both lines are needed: a build always has a next step."""
         super().__init__(message, hint)
+
+
+class UnwantedError(BuildError):
+    """What was built is whole, but not what the user allows."""

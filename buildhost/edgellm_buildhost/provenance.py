@@ -85,13 +85,13 @@ def _predicate(sources: Sources, options: Mapping[str, str], began_s: float) -> 
             "resolvedDependencies": files,
         },
         "runDetails": {
-            "builder": {"id": BUILDER, "version": _tools()},
+            "builder": {"id": BUILDER, "version": tools()},
             "metadata": {"startedOn": times.to_text(began_s), "finishedOn": times.to_text(time.time())},
         },
     }
 
 
-def _tools() -> dict[str, str]:
+def tools() -> dict[str, str]:
     """Versions of what a build computes with."""
     versions = {"python": platform.python_version()}
     for name in _TOOLS:

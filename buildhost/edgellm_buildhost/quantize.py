@@ -1,197 +1,135 @@
-"""Rounds weight matrices to 4 or 8 bits in groups along the input dimension; pure functions on numpy arrays.
+"""Quantizes a checkpoint, layer by layer, into a directory that every runtime's compiler reads.
 
-Four grids, `w` the weight and `q` its unsigned code:
-
-- symmetric:       w = scale * (q - 2^(bits-1))
-- integer zero:    w = scale * (q - zero_point), zero_point one of the codes
-- float minimum:   w = scale * q + minimum, the grid of GGUF's Q4_1; a matrix which already lies on it is
-  recovered exactly
-
-A symmetric grid keeps one scale per group, the integer zero half a byte more, the float minimum four bytes
-more.
+What an interrupted run finished is kept, and a run with the same key goes on behind it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
 from dataclasses import dataclass
-from enum import Enum
-from typing import Literal
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-Bits = Literal[4, 8]
-
-
-class Grid(Enum):
-    """Where the levels of a group lie."""
-
-    SYMMETRIC = "symmetric"
-    INTEGER_ZERO = "integer zero"
-    FLOAT_MINIMUM = "float minimum"
-
-
-@dataclass(frozen=True)
-class KvScales:
-    """Scales of an INT8 KV cache, one for each channel, float32 [layers, kv_heads, head_dim].
-
-    A value is its code times the scale, -128 to 127; keys are stored with their rotary position.
-    """
-
-    keys: NDArray[np.float32]
-    values: NDArray[np.float32]
+from edgellm_buildhost.calibration.walk import FloatModel, TextWalk
+from edgellm_buildhost.checkpoint.base import Checkpoint
+from edgellm_buildhost.errors import BuildError
+from edgellm_buildhost.progress import Progress
+from edgellm_buildhost.quantization.layer import Method, QuantizedLayer
+from edgellm_buildhost.quantized.writer import CheckpointWriter
+from edgellm_buildhost.recipe import Recipe
+from edgellm_buildhost.survey import Survey
+from edgellm_buildhost.threads import limited_for
 
 
 @dataclass(frozen=True)
-class QuantizedTensor:
-    """A matrix `[rows, columns]` as codes and the figures of each group.
+class Quantization:
+    """What is quantized, how, and on which text.
 
-    `codes` uint8 `[rows, groups, group_size]`, one code a byte; `scales` float32 `[rows, groups]`; exactly
-    one of `zero_points` (uint8 `[rows, groups]`) and `minima` (float32 `[rows, groups]`) may be present,
-    neither means symmetric. Columns that fill up the last group dequantize to something, and are cut off by
-    `dequantize`.
+    `key` names source, recipe and text: what a run with another key left unfinished is dropped. `windows`,
+    int64 [windows, tokens], is the calibration text; a method that needs none ignores it.
     """
 
-    bits: Bits
-    columns: int
-    codes: NDArray[np.uint8]
-    scales: NDArray[np.float32]
-    zero_points: NDArray[np.uint8] | None = None
-    minima: NDArray[np.float32] | None = None
+    checkpoint: Checkpoint
+    recipe: Recipe
+    key: str
+    windows: NDArray[np.int64] | None = None
 
-    @property
-    def rows(self) -> int:
-        """Output width of the matrix."""
-        return int(self.codes.shape[0])
+    def write(self, target: Path, progress: Progress) -> None:
+        """Write the quantized checkpoint to the directory `target`.
 
-    @property
-    def groups(self) -> int:
-        """Groups in a row."""
-        return int(self.codes.shape[1])
+        Memory: the floats of a layer and what the method needs for one. Raises BuildError, OSError; what was
+        finished until then stays beside `target`, hidden, for the next run, unless the source is at fault.
+        """
+        folder = target.with_name(f"{_calibration(target)}{self.key[:16]}")
+        with (
+            limited_for(self.checkpoint.architecture.hidden_size),
+            CheckpointWriter(target, self.checkpoint, key=self.key, scheme=self.recipe.scheme) as writer,
+        ):
+            _forget_others(target, folder)
+            try:
+                if writer.done < self.checkpoint.architecture.layers:
+                    self._add_layers(writer, folder, progress)
+                shutil.rmtree(folder, ignore_errors=True)
+                writer.finish()
+            except BuildError as error:
+                # What is wrong with the source is wrong again; a disk that was full may have room next time.
+                if not isinstance(error.__cause__, OSError):
+                    shutil.rmtree(folder, ignore_errors=True)
+                    writer.discard()
+                raise
 
-    @property
-    def group_size(self) -> int:
-        """Weights that share a scale."""
-        return int(self.codes.shape[2])
+    def _add_layers(self, writer: CheckpointWriter, folder: Path, progress: Progress) -> None:
+        count = self.checkpoint.architecture.layers
+        layers = self._layers(folder, progress)
+        layers.go_to(writer.done)
+        progress("quantize", writer.done, count)
+        for layer in range(writer.done, count):
+            writer.add_layer(layer, layers.quantize(layer))
+            progress("quantize", layer + 1, count)
 
-    def dequantize(self) -> NDArray[np.float32]:
-        """The weights that the codes stand for, float32 `[rows, columns]`."""
-        levels = self.codes.astype(np.float32)
-        if self.minima is not None:
-            values = levels * self.scales[..., None] + self.minima[..., None]
-        else:
-            zero = (
-                np.float32(1 << (self.bits - 1)) if self.zero_points is None else self.zero_points[..., None]
+    def _layers(self, folder: Path, progress: Progress) -> _Layers:
+        model, method = FloatModel(self.checkpoint), self.recipe.method
+        if not method.needs_statistics:
+            return _Layers(model, method)
+        if self.windows is None:
+            raise ValueError("the method needs windows of a text")
+        if self.recipe.mixture is not None:
+            method = Survey(model, self.recipe.mixture, self.windows, folder / "survey").method(progress)
+        return _CalibratedLayers(model, method, TextWalk(model, self.windows, folder / "walk"))
+
+
+def _calibration(target: Path) -> str:
+    """How the names of folders begin in which the walk through a text is kept."""
+    return f".{target.name}.calibration-"
+
+
+def _forget_others(target: Path, folder: Path) -> None:
+    """The writer has dropped the layers of another key; so goes what belongs to them."""
+    for other in target.parent.iterdir():
+        if other.name.startswith(_calibration(target)) and other != folder:
+            shutil.rmtree(other, ignore_errors=True)
+
+
+class _Layers:
+    """Layers, quantized one after the other."""
+
+    def __init__(self, model: FloatModel, method: Method) -> None:
+        self._model = model
+        self._method = method
+
+    def go_to(self, layer: int) -> None:
+        """Begin before that layer."""
+
+    def quantize(self, layer: int) -> QuantizedLayer:
+        """The layer, quantized."""
+        return self._method.quantize(self._model.architecture, layer, self._model.layer(layer), None)
+
+
+class _CalibratedLayers(_Layers):
+    """With what a text shows of their inputs."""
+
+    def __init__(self, model: FloatModel, method: Method, walk: TextWalk) -> None:
+        super().__init__(model, method)
+        self._walk = walk
+
+    def go_to(self, layer: int) -> None:
+        """The text is read up to there."""
+        if not self._walk.has(layer):
+            raise BuildError(
+                f"what an interrupted run left behind layer {layer} is not complete",
+                "run it again: it begins anew",
             )
-            values = (levels - zero) * self.scales[..., None]
-        return np.asarray(values, dtype=np.float32).reshape(self.rows, -1)[:, : self.columns]
+        self._walk.go_to(layer)
 
-
-def quantize(weight: NDArray[np.float32], bits: Bits, group_size: int, grid: Grid) -> QuantizedTensor:
-    """Round `weight`, float32 `[rows, columns]`, to the nearest level of its group.
-
-    `group_size` is a power of two from 16 to 256; raises ValueError otherwise. All values must be finite.
-    """
-    if group_size not in {16, 32, 64, 128, 256}:
-        raise ValueError(f"group size {group_size} is not one of 16, 32, 64, 128, 256")
-    if weight.ndim != 2:
-        raise ValueError(f"a matrix is needed, the shape is {weight.shape}")
-    groups = _grouped(np.asarray(weight, dtype=np.float32), group_size)
-    columns = int(weight.shape[1])
-    if grid is Grid.SYMMETRIC:
-        return _symmetric(groups, columns, bits)
-    if grid is Grid.INTEGER_ZERO:
-        return _integer_zero(groups, columns, bits)
-    return _float_minimum(groups, columns, bits)
-
-
-def concatenate(parts: Sequence[QuantizedTensor]) -> QuantizedTensor:
-    """One matrix with the rows of all `parts`, which must share bits, columns, group size and grid."""
-    first = parts[0]
-    for part in parts[1:]:
-        alike = (part.bits, part.columns, part.group_size) == (first.bits, first.columns, first.group_size)
-        same_grid = (part.zero_points is None, part.minima is None) == (
-            first.zero_points is None,
-            first.minima is None,
-        )
-        if not alike or not same_grid:
-            raise ValueError("matrices on different grids cannot be joined")
-    zero_points = [part.zero_points for part in parts if part.zero_points is not None]
-    minima = [part.minima for part in parts if part.minima is not None]
-    return QuantizedTensor(
-        bits=first.bits,
-        columns=first.columns,
-        codes=np.concatenate([part.codes for part in parts]),
-        scales=np.concatenate([part.scales for part in parts]),
-        zero_points=np.concatenate(zero_points) if zero_points else None,
-        minima=np.concatenate(minima) if minima else None,
-    )
-
-
-def pack_codes(codes: NDArray[np.uint8], bits: Bits) -> NDArray[np.uint8]:
-    """Codes along the last axis to bytes, the first of two 4-bit codes in the low half; 8-bit codes as
-    they are.
-    """
-    if bits == 8:
-        return np.ascontiguousarray(codes)
-    if codes.shape[-1] % 2:
-        codes = np.concatenate([codes, np.zeros((*codes.shape[:-1], 1), np.uint8)], axis=-1)
-    return np.ascontiguousarray(codes[..., 0::2] | (codes[..., 1::2] << 4))
-
-
-def unpack_codes(packed: NDArray[np.uint8], bits: Bits, count: int) -> NDArray[np.uint8]:
-    """The `count` codes that `pack_codes` packed along the last axis."""
-    if bits == 8:
-        return packed[..., :count]
-    codes = np.empty((*packed.shape[:-1], packed.shape[-1] * 2), np.uint8)
-    codes[..., 0::2], codes[..., 1::2] = packed & 0xF, packed >> 4
-    return codes[..., :count]
-
-
-def _grouped(weight: NDArray[np.float32], group_size: int) -> NDArray[np.float32]:
-    """`[rows, groups, group_size]`, the last group filled with its last column so that its range stays
-    the same.
-    """
-    rows, columns = weight.shape
-    missing = -columns % group_size
-    if missing:
-        weight = np.pad(weight, ((0, 0), (0, missing)), mode="edge")
-    return weight.reshape(rows, -1, group_size)
-
-
-def _symmetric(groups: NDArray[np.float32], columns: int, bits: Bits) -> QuantizedTensor:
-    half = 1 << (bits - 1)
-    # The value of largest magnitude sits on the lowest code, which has no positive twin: all codes are of
-    # use.
-    extreme = np.take_along_axis(groups, np.abs(groups).argmax(axis=2)[..., None], axis=2)[..., 0]
-    scales = (extreme / np.float32(-half)).astype(np.float32)
-    codes = np.clip(np.rint(groups * _reciprocal(scales)[..., None]) + half, 0, 2 * half - 1).astype(np.uint8)
-    return QuantizedTensor(bits, columns, codes, scales)
-
-
-def _integer_zero(groups: NDArray[np.float32], columns: int, bits: Bits) -> QuantizedTensor:
-    top = (1 << bits) - 1
-    low, high = np.minimum(groups.min(axis=2), 0.0), np.maximum(groups.max(axis=2), 0.0)
-    scales = ((high - low) / np.float32(top)).astype(np.float32)
-    inverse = _reciprocal(scales)
-    zero_points = np.clip(np.rint(-low * inverse), 0, top)
-    codes = np.clip(np.rint(groups * inverse[..., None]) + zero_points[..., None], 0, top).astype(np.uint8)
-    return QuantizedTensor(bits, columns, codes, scales, zero_points=zero_points.astype(np.uint8))
-
-
-def _float_minimum(groups: NDArray[np.float32], columns: int, bits: Bits) -> QuantizedTensor:
-    top = (1 << bits) - 1
-    low, high = groups.min(axis=2), groups.max(axis=2)
-    scales = ((high - low) / np.float32(top)).astype(np.float32)
-    codes = np.clip(np.rint((groups - low[..., None]) * _reciprocal(scales)[..., None]), 0, top).astype(
-        np.uint8
-    )
-    return QuantizedTensor(bits, columns, codes, scales, minima=low.astype(np.float32))
-
-
-def _reciprocal(scales: NDArray[np.float32]) -> NDArray[np.float32]:
-    """1 / scale, and 0 for a group of equal values, whose codes are then all the same."""
-    with np.errstate(divide="ignore", over="ignore"):
-        inverse = np.float32(1.0) / scales
-    return np.asarray(np.where(np.isfinite(inverse), inverse, np.float32(0.0)), dtype=np.float32)
+    def quantize(self, layer: int) -> QuantizedLayer:
+        """The layer, quantized; the text is behind it then."""
+        floats = self._model.layer(layer)
+        statistics = self._walk.observe(layer, floats, advance=not self._method.sequential)
+        quantized = self._method.quantize(self._model.architecture, layer, floats, statistics)
+        del floats, statistics
+        if self._method.sequential:
+            self._walk.advance(layer, quantized.dequantize())
+        self._walk.save(layer + 1)
+        return quantized

@@ -1,45 +1,62 @@
-"""Recipes: which tensor is rounded to which grid. The quality and the speed of an engine are decided here.
+"""Recipes: which method rounds the linears of a model to which grid. Quality and speed are decided here.
 
-INT4 is groups of 32 with a float minimum (`minima` says how a kernel without one computes it), because it
-gives weights that were published in this form (GGUF's Q4_1) back exactly, and costs less than a second
-product would. INT8 is groups of 64, symmetric: as close as groups of 32, with fewer bytes and faster.
-Embedding and head are always 8-bit.
-
-SmolLM2-135M-Instruct, whose published GGUF is Q4_1, in one sitting on two shared cores of an EPYC 9004
-(AVX-512 VNNI) with ONNX Runtime 1.32; perplexity on the first 940 tokens of `pydoc_data.topics`, tokens per
-second at 1, 4 and 8 rows and in a prefill of 512, MB of weight files. The INT4 rows had a head in groups of
-32:
-
-    weights                                   perplexity     1     4     8   prefill    MB
-    INT8, groups of 64                             13.18   135   372   483       983   145
-    INT4, float minimum in extra columns           13.08   120   318   369       721   107
-    INT4, float minimum, a float32 product         13.17    99   307   369       719   114
-    INT4, extra columns for qkv and gate/up        13.58   124   319   414       763   105
-    INT4, integer zero point                       15.92   147   370   447       834   103
-
-With the head in groups of 64, as built here, the default INT4 has 13.17; the source in float32 has 13.11.
-The source lies on a 4-bit grid already, so the order of the INT4 rows says nothing about other checkpoints.
+`int4` is groups of 32 with a float minimum (`graph.minima` says how a kernel without one computes it): it
+gives weights that were published in this form (GGUF's Q4_1) back exactly. The calibrated 4-bit methods are
+symmetric by default: every runtime takes that, and ModelOpt's layout has a name for it. Embedding and head
+are always 8-bit in an engine. docs/quality.md compares them all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-import numpy as np
-from numpy.typing import NDArray
-
-from edgellm_buildhost.checkpoint.base import EMBEDDING, HEAD, Checkpoint
+from edgellm_buildhost.architecture import LINEARS, Architecture
 from edgellm_buildhost.errors import BuildError
-from edgellm_buildhost.quantize import Bits, Grid, QuantizedTensor, concatenate, quantize
+from edgellm_buildhost.footprint import group_sum_bytes, stored_bytes
+from edgellm_buildhost.graph.sources import unquantized_bytes
+from edgellm_buildhost.quantization.awq import Awq
+from edgellm_buildhost.quantization.fp8 import Fp8
+from edgellm_buildhost.quantization.gptq import Gptq
+from edgellm_buildhost.quantization.grid import Bits, Grid, Rounding
+from edgellm_buildhost.quantization.layer import Method
+from edgellm_buildhost.quantization.rtn import RoundToNearest
+from edgellm_buildhost.quantization.smoothquant import SmoothQuant
+
+GROUP_SIZES = (16, 32, 64, 128, 256)
+_SMALL_GROUP = 32
 
 
-class PrecisionName(str, Enum):
+class QuantName(str, Enum):
     """What a user asks for."""
 
     INT4 = "int4"
+    INT4_AWQ = "int4-awq"
+    INT4_GPTQ = "int4-gptq"
     INT8 = "int8"
+    INT8_SMOOTHQUANT = "int8-smoothquant"
+    FP8 = "fp8"
+    AUTO = "auto"
+
+
+class GridName(str, Enum):
+    """Where the levels of a group lie: a user's words for `Grid`."""
+
+    SYMMETRIC = "symmetric"
+    ZERO_POINT = "zero-point"
+    MINIMUM = "minimum"
+
+    @property
+    def grid(self) -> Grid:
+        """The grid."""
+        return _GRIDS[self]
+
+
+_GRIDS = {
+    GridName.SYMMETRIC: Grid.SYMMETRIC,
+    GridName.ZERO_POINT: Grid.INTEGER_ZERO,
+    GridName.MINIMUM: Grid.FLOAT_MINIMUM,
+}
 
 
 class KvName(str, Enum):
@@ -54,63 +71,139 @@ class KvName(str, Enum):
 
 
 @dataclass(frozen=True)
+class Request:
+    """What a user asks of a quantization; None is the recipe's own choice.
+
+    `budget_bytes` is for `auto`: what all weights of the engine may take on disk.
+    """
+
+    quant: QuantName
+    group_size: int | None = None
+    grid: GridName | None = None
+    budget_bytes: int | None = None
+
+
+@dataclass(frozen=True)
 class Recipe:
-    """Bits, group size and grid of the linear layers, and group size of the 8-bit embedding and head."""
+    """How the linears of one model are quantized."""
 
-    bits: Bits
-    group_size: int
-    grid: Grid
-    table_group_size: int = 64
-
-    @property
-    def scheme(self) -> str:
-        """In words that a person can compare."""
-        return f"{self.grid.value}, round to nearest"
+    method: Method
+    scheme: str
+    """In words that a person can compare."""
+    rounding: Rounding | None = None
+    """What all linears are rounded to; the smallest, where there is a choice; None: no groups."""
+    mixture: Mixture | None = None
 
 
-RECIPES = {
-    PrecisionName.INT4: Recipe(bits=4, group_size=32, grid=Grid.FLOAT_MINIMUM),
-    PrecisionName.INT8: Recipe(bits=8, group_size=64, grid=Grid.SYMMETRIC),
-}
+@dataclass(frozen=True)
+class Mixture:
+    """One of `roundings` for each point, so that all linears take at most `linear_bytes` on disk."""
+
+    method: Gptq
+    roundings: tuple[Rounding, ...]
+    linear_bytes: int
 
 
-class QuantizedWeights:
-    """The weights of a checkpoint by a recipe; each is read, rounded and forgotten."""
-
-    def __init__(self, checkpoint: Checkpoint, recipe: Recipe) -> None:
-        """Take from `checkpoint`; raises BuildError where a shape does not allow the recipe's groups."""
-        self._checkpoint = checkpoint
-        self._recipe = recipe
-        hidden = checkpoint.architecture.hidden_size
-        self._table_group_size = next(
-            (size for size in (recipe.table_group_size, 32, 16) if hidden % size == 0), 0
+def recipe_for(request: Request, architecture: Architecture) -> Recipe:
+    """The recipe for a model; raises BuildError for what does not go together."""
+    quant = request.quant
+    if (request.budget_bytes is None) is (quant is QuantName.AUTO):
+        raise BuildError(
+            "--budget-bytes goes with --quant auto, and --quant auto with --budget-bytes",
+            "give both: `edgellm plan MODEL` says what fits",
         )
-        if not self._table_group_size:
-            raise BuildError(
-                f"{checkpoint.name}: hidden_size {hidden} is no multiple of 16", "choose another model"
-            )
+    if quant in {QuantName.INT8_SMOOTHQUANT, QuantName.FP8}:
+        return _ungrouped(request)
+    if request.budget_bytes is not None:
+        return _mixed(request, request.budget_bytes, architecture)
+    rounding = _rounding(request, architecture)
+    method, words = _grouped_method(quant, rounding)
+    return Recipe(method, f"{rounding.grid.value}, {words}", rounding)
 
-    @property
-    def table_group_size(self) -> int:
-        """Group size of embedding and head: the recipe's, or the next smaller one that divides the
-        hidden size.
-        """
-        return self._table_group_size
 
-    def matrix(self, names: Sequence[str]) -> QuantizedTensor:
-        """The matrices of these names, rounded one by one and put below each other."""
-        return concatenate([self._rounded(name) for name in names])
+def _ungrouped(request: Request) -> Recipe:
+    if request.group_size is not None or request.grid is not None:
+        raise BuildError(
+            f"--quant {request.quant.value} has no groups",
+            "leave --group-size and --grid away, or choose int8 or int4-gptq",
+        )
+    if request.quant is QuantName.FP8:
+        return Recipe(Fp8(), "fp8 e4m3, one scale for linears that read the same inputs")
+    return Recipe(SmoothQuant(), "symmetric, one scale a row, smoothquant")
 
-    def vector(self, name: str) -> NDArray[np.float32]:
-        """A gain, as it is."""
-        return self._checkpoint.tensor(name)
 
-    def _rounded(self, name: str) -> QuantizedTensor:
-        weight = self._checkpoint.tensor(name)
-        if name in {EMBEDDING, HEAD}:
-            return quantize(weight, 8, self._table_group_size, Grid.SYMMETRIC)
-        grid = self._recipe.grid
-        if grid is Grid.FLOAT_MINIMUM and weight.shape[1] % self._recipe.group_size:
-            # Group sums need full groups.
-            grid = Grid.INTEGER_ZERO
-        return quantize(weight, self._recipe.bits, self._recipe.group_size, grid)
+def _grouped_method(quant: QuantName, rounding: Rounding) -> tuple[Method, str]:
+    if quant is QuantName.INT8:
+        return RoundToNearest(rounding, clip=False), "round to nearest"
+    if quant is QuantName.INT4:
+        return RoundToNearest(rounding), "round to nearest, searched clip"
+    if quant is QuantName.INT4_AWQ:
+        return Awq(rounding), "awq"
+    return Gptq(rounding), "gptq"
+
+
+def _mixed(request: Request, budget_bytes: int, architecture: Architecture) -> Recipe:
+    """4 bits in groups as large as usual, then in small ones and on closer grids, then 8 bits."""
+    first = _rounding(request, architecture)
+    small = _SMALL_GROUP if request.group_size is None else first.group_size
+    sizes = [size for size in (small,) if size in _fitting_sizes(architecture)]
+    grids = [request.grid.grid] if request.grid else list(Grid)
+    finer = [Rounding(4, size, grid) for size in sizes for grid in grids]
+    roundings = tuple(dict.fromkeys((first, *finer, _rounding(Request(QuantName.INT8), architecture))))
+    least = architecture.layers * sum(
+        stored_bytes(*architecture.linear_shape(part), first) for part in LINEARS
+    )
+    left = budget_bytes - unquantized_bytes(architecture)
+    sums = sum(group_sum_bytes(architecture, rounding) for rounding in roundings)
+    if left < least + sums and first.grid is not Grid.FLOAT_MINIMUM:
+        # Too little for what float minima need beside the matrices.
+        roundings, sums = tuple(r for r in roundings if r.grid is not Grid.FLOAT_MINIMUM), 0
+    missing = least + sums - left
+    if missing > 0:
+        raise BuildError(
+            f"--budget-bytes {budget_bytes:,} is {missing:,} bytes too little",
+            f"give at least {budget_bytes + missing:,}, or larger groups (--group-size)",
+        )
+    words = "gptq, closer grids and 8 bits where they matter"
+    return Recipe(Gptq(first), words, first, Mixture(Gptq(first), roundings, left - sums))
+
+
+def _rounding(request: Request, architecture: Architecture) -> Rounding:
+    grid = request.grid.grid if request.grid else _default_grid(request.quant)
+    bits: Bits = 8 if request.quant is QuantName.INT8 else 4
+    return Rounding(bits, _group_size(request, grid, architecture), grid)
+
+
+def _default_grid(quant: QuantName) -> Grid:
+    return Grid.FLOAT_MINIMUM if quant is QuantName.INT4 else Grid.SYMMETRIC
+
+
+def _group_size(request: Request, grid: Grid, architecture: Architecture) -> int:
+    """The size asked for, or the largest usual one; it divides the input widths of all linears."""
+    widths, fitting = _widths(architecture), _fitting_sizes(architecture)
+    asked = request.group_size
+    if asked is not None and asked not in fitting:
+        raise BuildError(
+            f"--group-size {asked} does not divide the widths {', '.join(map(str, sorted(widths)))}",
+            f"choose one of {', '.join(map(str, fitting))}" if fitting else "choose another model",
+        )
+    if not fitting:
+        raise BuildError(
+            f"no group size divides the widths {', '.join(map(str, sorted(widths)))}", "choose another model"
+        )
+    return asked or max(size for size in fitting if size <= max(_usual_size(request.quant, grid), fitting[0]))
+
+
+def _widths(architecture: Architecture) -> set[int]:
+    return {architecture.linear_shape(part)[1] for part in LINEARS}
+
+
+def _fitting_sizes(architecture: Architecture) -> list[int]:
+    widths = _widths(architecture)
+    return [size for size in GROUP_SIZES if not any(width % size for width in widths)]
+
+
+def _usual_size(quant: QuantName, grid: Grid) -> int:
+    if quant is QuantName.INT8:
+        return 64  # as close as groups of 32, with fewer bytes and faster
+    return _SMALL_GROUP if grid is Grid.FLOAT_MINIMUM else 128

@@ -95,13 +95,9 @@ def plan_memory(
         raise ValueError("context_tokens is at least 1")
     step_tokens = max(prefill_tokens, max_sequences)
     longest = min(config.model.context_length, context_tokens or config.model.context_length)
-    fixed_bytes = (
-        config.footprint.weights_bytes
-        + headroom_bytes
-        + workspace_bytes(config, step_tokens=step_tokens, context_tokens=0, max_sequences=max_sequences)
-    )
-    token_bytes = config.kv_bytes_per_token + config.model.heads * step_tokens * _SCORE_BYTES
-    page = _tokens_per_page(config)
+    fixed_bytes = _fixed_bytes(config, headroom_bytes, step_tokens, max_sequences)
+    token_bytes = _token_bytes(config, step_tokens, sequences=1)
+    page = tokens_per_page(config)
     fitting = max(0, available_bytes - fixed_bytes) // token_bytes // page * page
     context = min(longest, fitting)
     minimal = min(longest, MINIMAL_CONTEXT_TOKENS)
@@ -130,7 +126,56 @@ def plan_memory(
     )
 
 
-def _tokens_per_page(config: EngineConfig) -> int:
+def needed_bytes(
+    config: EngineConfig,
+    *,
+    headroom_bytes: int,
+    context_tokens: int,
+    max_sequences: int = 1,
+    prefill_tokens: int = PREFILL_TOKENS,
+) -> int:
+    """What `max_sequences` sequences take, headroom included, when all have `context_tokens` at once.
+
+    With so many bytes `plan_memory` grants them a KV cache for all; with one less it does not promise that.
+    """
+    step_tokens, page = max(prefill_tokens, max_sequences), tokens_per_page(config)
+    held_tokens = -(-context_tokens // page) * page
+    fixed_bytes = _fixed_bytes(config, headroom_bytes, step_tokens, max_sequences)
+    return fixed_bytes + held_tokens * _token_bytes(config, step_tokens, max_sequences)
+
+
+def largest_context(
+    config: EngineConfig,
+    *,
+    available_bytes: int,
+    headroom_bytes: int,
+    max_sequences: int = 1,
+    prefill_tokens: int = PREFILL_TOKENS,
+) -> int:
+    """The longest context, tokens, that `max_sequences` sequences can all have at once; 0 if none.
+
+    `plan_memory` promises a context to one sequence, and the others share what is left; this is for all.
+    """
+    step_tokens, page = max(prefill_tokens, max_sequences), tokens_per_page(config)
+    left_bytes = available_bytes - _fixed_bytes(config, headroom_bytes, step_tokens, max_sequences)
+    fitting = max(0, left_bytes) // _token_bytes(config, step_tokens, max_sequences) // page * page
+    return min(config.model.context_length, fitting)
+
+
+def _fixed_bytes(config: EngineConfig, headroom_bytes: int, step_tokens: int, max_sequences: int) -> int:
+    """What is taken before the first token: weights, headroom, and a workspace without attention scores."""
+    workspace = workspace_bytes(
+        config, step_tokens=step_tokens, context_tokens=0, max_sequences=max_sequences
+    )
+    return config.footprint.weights_bytes + headroom_bytes + workspace
+
+
+def _token_bytes(config: EngineConfig, step_tokens: int, sequences: int) -> int:
+    """What one more token of context takes: its keys and values in each sequence, and a column of scores."""
+    return sequences * config.kv_bytes_per_token + config.model.heads * step_tokens * _SCORE_BYTES
+
+
+def tokens_per_page(config: EngineConfig) -> int:
     """Tokens that fill whole pages of the KV cache, which takes memory in pages, for each head apart."""
     return _PAGE_BYTES // math.gcd(_PAGE_BYTES, config.model.head_dim * config.kv_item_bytes)
 

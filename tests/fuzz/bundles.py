@@ -17,7 +17,7 @@ from edgellm_agent.runtimes.base import EngineLoadError
 from edgellm_agent.runtimes.onnx_paths import check_graph
 from edgellm_buildhost.build import build_engine
 from edgellm_buildhost.checkpoint import open_checkpoint
-from edgellm_buildhost.recipe import PrecisionName
+from edgellm_buildhost.recipe import QuantName
 from tests.fuzz.mutate import changed_json
 from tests.fuzz.run import Target
 from tests.support.tiny_bundle import make_config, make_files
@@ -133,7 +133,7 @@ def graph(stack: ExitStack, folder: Path) -> Target:
     engine = folder / "engine"
     engine.mkdir()
     checkpoint = open_checkpoint(make_tiny_hf(folder / "hf"))
-    files = build_engine(checkpoint, PrecisionName.INT8, engine, profile="orin-nano-8gb").files
+    files = build_engine(checkpoint, QuantName.INT8, engine, profile="orin-nano-8gb").files
     corpus = [(engine / title).read_bytes() for title in (files.graph, files.graph_ragged) if title]
 
     def run(data: bytes) -> str:

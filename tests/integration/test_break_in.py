@@ -28,7 +28,7 @@ from edgellm_agent.telemetry import recording
 from edgellm_agent.telemetry.recording import RecordingError
 from edgellm_buildhost.build import build_engine
 from edgellm_buildhost.checkpoint import open_checkpoint
-from edgellm_buildhost.recipe import PrecisionName
+from edgellm_buildhost.recipe import QuantName
 from tests.conftest import push
 from tests.support.agents import Agent, running_agent, wait_for
 from tests.support.http import connection, free_port, http_settings, read_to_end, request_bytes
@@ -299,7 +299,7 @@ def engine_with(directory: Path, **edits: Callable[[bytes], bytes]) -> Bundle:
     files.mkdir(parents=True)
     config = build_engine(
         open_checkpoint(make_tiny_hf(directory / "hf")),
-        PrecisionName.INT8,
+        QuantName.INT8,
         files,
         profile="orin-nano-8gb",
         name="evil",

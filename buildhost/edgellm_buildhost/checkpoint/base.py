@@ -1,51 +1,16 @@
-"""The contract of a checkpoint: its architecture, its tokenizer, and its tensors by name, read lazily."""
+"""The contract of a float checkpoint: its architecture, tokenizer, and tensors by name, read lazily."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgellm_buildhost.architecture import Architecture, tensor_shapes
 from edgellm_buildhost.errors import BuildError
-
-EMBEDDING = "model.embed_tokens.weight"
-FINAL_NORM = "model.norm.weight"
-HEAD = "lm_head.weight"
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """A decoder of the Llama family: RMS norms, rotary positions, grouped-query attention, gated SiLU.
-
-    `inverse_frequencies` holds the `head_dim / 2` angular steps of the rotary embedding, radians per
-    position, with any scaling of the model already in them.
-    """
-
-    family: str
-    layers: int
-    hidden_size: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    ffn_size: int
-    vocab_size: int
-    context_length: int
-    rms_epsilon: float
-    tied_embedding: bool
-    inverse_frequencies: tuple[float, ...]
-    sliding_window: int | None = None
-
-    @property
-    def query_size(self) -> int:
-        """Width of all query heads together."""
-        return self.heads * self.head_dim
-
-    @property
-    def kv_size(self) -> int:
-        """Width of all key heads (or value heads) together."""
-        return self.kv_heads * self.head_dim
 
 
 @dataclass(frozen=True)
@@ -73,58 +38,53 @@ class Checkpoint(ABC):
     name: str
     architecture: Architecture
     tokenizer: TokenizerFiles
+    directory: Path | None = None
+    """The Hugging Face directory that it is, whose other files belong to it too; None for a GGUF file."""
 
     def tensor(self, name: str) -> NDArray[np.float32]:
         """The tensor `name`, float32; linear weights are `[out, in]`.
 
         Raises BuildError when it is missing, has another shape than the architecture says, or is not finite.
         """
-        expected = tensor_shapes(self.architecture)[name]
-        tensor = self._read(name)
-        if tensor.shape != expected:
-            raise BuildError(
-                f"{self.name}: tensor {name} has shape {list(tensor.shape)}, the configuration says "
-                f"{list(expected)}",
-                "the weights and the configuration belong to different models: fetch both again "
-                "from one place",
-            )
-        if not np.isfinite(tensor).all():
-            bad = int(tensor.size - np.isfinite(tensor).sum())
-            raise BuildError(
-                f"{self.name}: tensor {name} holds {bad} values that are not finite",
-                "the checkpoint is damaged, or was saved in float16 after an overflow: fetch it "
-                "again or save it in bfloat16",
-            )
-        return tensor
+        return self._checked(name, self._read(name), tensor_shapes(self.architecture)[name])
+
+    def rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
+        """Rows of a matrix, for tables that are too large to be held as floats at once; as `tensor`."""
+        rows, *columns = tensor_shapes(self.architecture)[name]
+        stop = min(stop, rows)
+        return self._checked(name, self._read_rows(name, start, stop), (max(stop - start, 0), *columns))
 
     @abstractmethod
     def _read(self, name: str) -> NDArray[np.float32]:
-        """The tensor as stored, float32; raises BuildError when it is missing or cannot be read."""
+        """The tensor by our name and in our form, float32; raises BuildError when it cannot be read."""
+
+    def _read_rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
+        """Rows of a tensor, as `_read`."""
+        return self._read(name)[start:stop]
+
+    def _checked(
+        self, name: str, tensor: NDArray[np.float32], expected: tuple[int, ...]
+    ) -> NDArray[np.float32]:
+        if tensor.shape != expected:
+            raise wrong_shape(self.name, name, tensor.shape, expected)
+        check_finite(self.name, name, tensor)
+        return tensor
 
 
-def layer_tensor(layer: int, part: str) -> str:
-    """The full name of a layer's weight, as in `layer_tensor(0, "mlp.up_proj")`."""
-    return f"model.layers.{layer}.{part}.weight"
+def wrong_shape(where: str, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> BuildError:
+    """The error for the tensor `name` of a checkpoint or file `where`."""
+    return BuildError(
+        f"{where}: tensor {name} has shape {list(found)}, the configuration says {list(expected)}",
+        "the weights and the configuration belong to different models: fetch both again from one place",
+    )
 
 
-def tensor_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """Every tensor that the architecture needs, with its shape, in the order of the computation."""
-    hidden, ffn = architecture.hidden_size, architecture.ffn_size
-    parts: dict[str, tuple[int, ...]] = {
-        "input_layernorm": (hidden,),
-        "self_attn.q_proj": (architecture.query_size, hidden),
-        "self_attn.k_proj": (architecture.kv_size, hidden),
-        "self_attn.v_proj": (architecture.kv_size, hidden),
-        "self_attn.o_proj": (hidden, architecture.query_size),
-        "post_attention_layernorm": (hidden,),
-        "mlp.gate_proj": (ffn, hidden),
-        "mlp.up_proj": (ffn, hidden),
-        "mlp.down_proj": (hidden, ffn),
-    }
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (architecture.vocab_size, hidden)}
-    for layer in range(architecture.layers):
-        shapes |= {layer_tensor(layer, part): shape for part, shape in parts.items()}
-    shapes[FINAL_NORM] = (hidden,)
-    if not architecture.tied_embedding:
-        shapes[HEAD] = (architecture.vocab_size, hidden)
-    return shapes
+def check_finite(where: str, name: str, values: NDArray[np.float32]) -> None:
+    """Raises BuildError unless all values of the tensor `name`, in the checkpoint or file `where`, are."""
+    finite = np.isfinite(values)
+    if not finite.all():
+        raise BuildError(
+            f"{where}: tensor {name} holds {int(values.size - finite.sum())} values that are not finite",
+            "the checkpoint is damaged, or was saved in float16 after an overflow: fetch it "
+            "again or save it in bfloat16",
+        )

@@ -10,11 +10,13 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from edgellm_buildhost.checkpoint.base import Architecture, Checkpoint, TokenizerFiles
+from edgellm_buildhost.architecture import Architecture, AttentionKind
+from edgellm_buildhost.checkpoint.base import Checkpoint, TokenizerFiles
 from edgellm_buildhost.checkpoint.gguf_tokenizer import GgufVocabulary, tokenizer_json
 from edgellm_buildhost.checkpoint.rope import plain_frequencies
 from edgellm_buildhost.errors import BuildError
 
+GGUF_MAGIC = b"GGUF"
 _FETCH_AGAIN = "fetch the file again and compare its checksum with the published one"
 _PARTS = {
     "input_layernorm": "attn_norm",
@@ -48,24 +50,34 @@ class GgufCheckpoint(Checkpoint):
         self.tokenizer = _tokenizer(fields)
 
     def _read(self, name: str) -> NDArray[np.float32]:
+        values = self._stored_rows(name, slice(None))
+        if name.endswith("q_proj.weight"):
+            return _halves_from_pairs(values, self.architecture.heads)
+        if name.endswith("k_proj.weight"):
+            return _halves_from_pairs(values, self.architecture.kv_heads)
+        return values
+
+    def _read_rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
+        if name not in _WHOLE:  # rows of query and key have another order here
+            return super()._read_rows(name, start, stop)
+        return self._stored_rows(name, slice(start, stop))
+
+    def _stored_rows(self, name: str, rows: slice) -> NDArray[np.float32]:
         stored = _stored_name(name)
         tensor = self._tensors.get(stored)
         if tensor is None:
             raise BuildError(f"{self._path}: no tensor {stored}", _FETCH_AGAIN)
         try:
-            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            # Blocks lie inside a row, so rows can be dequantized by themselves.
+            values = gguf.quants.dequantize(tensor.data[rows], tensor.tensor_type)
         except (NotImplementedError, ValueError) as error:
             raise BuildError(
                 f"{self._path}: tensor {stored} has type {tensor.tensor_type.name}, which cannot be "
                 f"read: {error}",
                 "choose a file with F16, BF16, Q8_0, Q4 or K-quant weights",
             ) from error
-        values = np.asarray(values, dtype=np.float32).reshape(tuple(int(n) for n in reversed(tensor.shape)))
-        if name.endswith("q_proj.weight"):
-            return _halves_from_pairs(values, self.architecture.heads)
-        if name.endswith("k_proj.weight"):
-            return _halves_from_pairs(values, self.architecture.kv_heads)
-        return values
+        columns = tuple(int(n) for n in reversed(tensor.shape))[1:]
+        return np.asarray(values, dtype=np.float32).reshape(-1, *columns)
 
 
 def _open(path: Path) -> Any:
@@ -119,7 +131,7 @@ def _architecture(fields: _Fields, tensors: dict[str, Any]) -> Architecture:
     if family != "llama":
         raise BuildError(
             f"{fields.path}: general.architecture {family!r} is not supported",
-            "choose a model of the llama architecture (Llama, SmolLM2, Mistral)",
+            "only llama is, of GGUF (Llama, SmolLM2, Mistral): give the Hugging Face directory of this model",
         )
     if fields.value("llama.expert_count"):
         raise BuildError(f"{fields.path}: mixtures of experts are not supported", "choose a dense model")
@@ -137,9 +149,10 @@ def _architecture(fields: _Fields, tensors: dict[str, Any]) -> Architecture:
     embedding = tensors.get("token_embd.weight")
     if embedding is None:
         raise BuildError(f"{fields.path}: no tensor token_embd.weight", _FETCH_AGAIN)
+    layers = fields.positive("llama.block_count")
     return Architecture(
         family=family,
-        layers=fields.positive("llama.block_count"),
+        layers=layers,
         hidden_size=hidden,
         heads=heads,
         kv_heads=fields.positive("llama.attention.head_count_kv", heads),
@@ -149,7 +162,8 @@ def _architecture(fields: _Fields, tensors: dict[str, Any]) -> Architecture:
         context_length=fields.positive("llama.context_length"),
         rms_epsilon=round(fields.number("llama.attention.layer_norm_rms_epsilon", 1e-5), 12),
         tied_embedding="output.weight" not in tensors,
-        inverse_frequencies=_frequencies(fields, head_dim, tensors),
+        attention=(AttentionKind(_frequencies(fields, head_dim, tensors)),) * layers,
+        attention_scale=head_dim**-0.5,
     )
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 SHARD_BYTES = 256 * 1024 * 1024
-_PAGE_BYTES = 4096  # a tensor that begins on a page can be mapped by itself
+PAGE_BYTES = 4096  # a tensor that begins on a page can be mapped by itself
 _LINE_BYTES = 64  # enough for one that is smaller than a page
 
 
@@ -57,7 +57,7 @@ class WeightShards:
     def append(self, array: NDArray[Any]) -> Region:
         """Write the array's bytes, C order and little-endian, and say where they are."""
         data = np.ascontiguousarray(array)
-        alignment = _PAGE_BYTES if data.nbytes >= _PAGE_BYTES else _LINE_BYTES
+        alignment = PAGE_BYTES if data.nbytes >= PAGE_BYTES else _LINE_BYTES
         file = self._shard_for(data.nbytes + alignment)
         padding = -file.tell() % alignment
         file.write(bytes(padding))

@@ -51,8 +51,10 @@ class ModelShape(_Part):
 class Precision(_Part):
     """How each kind of tensor is stored, in words that a person can compare."""
 
-    weights: Literal["int4", "int8"]
-    group_size: Positive
+    weights: Literal["int4", "int8", "mixed"]
+    group_size: Positive | None = Field(
+        description="weights that share a scale; None: a row, or several sizes"
+    )
     scheme: str = Field(description="for example 'asymmetric, float minimum per group'")
     embedding: str
     head: str

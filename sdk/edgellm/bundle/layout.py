@@ -118,7 +118,8 @@ class Bundle:
         attached = self.referrers(digest)
         if len(attached) > referrers.MAX_ATTESTATIONS:
             raise BundleError(
-                f"{len(attached)} attestations of one engine, more than {referrers.MAX_ATTESTATIONS}"
+                f"{len(attached)} attestations of one engine, more than {referrers.MAX_ATTESTATIONS}",
+                "a registry piles up those of all builds: build the bundle again, or copy it without them",
             )
         return tuple(_read(self.path, item.envelope, "attestation") for item in attached)
 

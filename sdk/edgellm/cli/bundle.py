@@ -1,4 +1,4 @@
-"""Commands about a bundle on this machine: what is in it, and how it would use a device's memory."""
+"""Commands about a bundle on this machine: what is in it, and which of its engines suits a device."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import typer
 from edgellm.cli.output import JsonOption, human_bytes, print_facts, print_json, print_table, progress
 
 if TYPE_CHECKING:
-    from edgellm.bundle import Bundle, EngineConfig, Variant
+    from edgellm.bundle import Bundle, Variant
+    from edgellm.bundle.quality import QualityReport
     from edgellm.client import DeviceInfo
-    from edgellm.memory import MemoryPlan
     from edgellm.signing.attesting import Claim
 
 BundleArgument = Annotated[
@@ -75,102 +75,6 @@ def inspect(bundle: BundleArgument = None, json_: JsonOption = False) -> None:
     typer.echo(f"{len(opened.variants)} engine(s) in {opened.path}: every digest matches")
 
 
-def plan(
-    bundle: BundleArgument = None,
-    device: Annotated[str | None, typer.Option(help="Ask this device.")] = None,
-    profile: Annotated[
-        str | None, typer.Option(help="Plan for a board of this kind; default: the bundle's own profile.")
-    ] = None,
-    context: Annotated[int | None, typer.Option(min=1, help="Longest sequence, tokens.")] = None,
-    concurrency: Annotated[int | None, typer.Option(min=1, help="Sequences at once.")] = None,
-    json_: JsonOption = False,
-) -> None:
-    """Show how an engine would use a device's memory.
-
-    \b
-    edgellm plan smollm2.bundle --profile orin-nano-8gb --context 4096 --concurrency 4
-    edgellm plan --device jetson-01
-    """
-    opened = open_bundle(bundle)
-    if device is not None:
-        if profile is not None:
-            raise typer.BadParameter("give --device or --profile, not both")
-        _refuse_profile_name(device)
-        figures = _plan_on_device(opened, device, context, concurrency)
-    else:
-        variant = _for_profile(opened, profile)
-        figures = _plan_for_profile(
-            variant.config, profile or variant.config.target.profile, context, concurrency
-        )
-    if json_:
-        print_json(figures)
-    else:
-        print_facts(plan_facts(figures))
-
-
-def _refuse_profile_name(device: str) -> None:
-    from edgellm.devices import DeviceBook
-    from edgellm.profiles import profile_names
-
-    if device in profile_names() and device not in {known.name for known in DeviceBook().all()}:
-        raise typer.BadParameter(f"{device} is a kind of board, not a device: give it as --profile")
-
-
-def plan_facts(figures: MemoryPlan) -> list[tuple[str, str]]:
-    """A memory plan for people."""
-    return [
-        ("available", human_bytes(figures.available_bytes)),
-        ("weights", human_bytes(figures.weights_bytes)),
-        ("workspace", human_bytes(figures.workspace_bytes)),
-        ("headroom", human_bytes(figures.headroom_bytes)),
-        (
-            "KV cache",
-            f"{human_bytes(figures.kv_bytes)} ({human_bytes(figures.kv_bytes_per_token)} per token)",
-        ),
-        ("context", f"{figures.context_tokens} tokens"),
-        ("sequences", f"{figures.max_sequences} at once"),
-    ]
-
-
-def _for_profile(bundle: Bundle, profile: str | None) -> Variant:
-    """The variant for a profile, or the only one: a plan may ask what would be on another board."""
-    return bundle.variants[0] if len(bundle.variants) == 1 else bundle.select(profile=profile)
-
-
-def _plan_for_profile(
-    config: EngineConfig, name: str, context: int | None, concurrency: int | None
-) -> MemoryPlan:
-    from edgellm.memory import mem_available_bytes, plan_memory
-    from edgellm.profiles import load_profile
-
-    profile = load_profile(name)
-    return plan_memory(
-        config,
-        available_bytes=profile.usable_bytes or mem_available_bytes(),
-        headroom_bytes=profile.headroom_bytes,
-        context_tokens=context,
-        max_sequences=concurrency or 1,
-    )
-
-
-def _plan_on_device(bundle: Bundle, name: str, context: int | None, concurrency: int | None) -> MemoryPlan:
-    from edgellm.client import Client
-    from edgellm.memory import plan_memory
-
-    with Client.for_device(name) as client:
-        config = variant_for(bundle, client.info()).config
-        figures = client.memory_plan(config)
-    if context is None and concurrency is None:
-        return figures
-    return plan_memory(
-        config,
-        available_bytes=figures.available_bytes,
-        headroom_bytes=figures.headroom_bytes,
-        context_tokens=context,
-        max_sequences=concurrency or figures.max_sequences,
-    )
-
-
 def _as_json(bundle: Bundle, variant: Variant) -> dict[str, object]:
     return {
         "digest": variant.digest,
@@ -182,6 +86,7 @@ def _as_json(bundle: Bundle, variant: Variant) -> dict[str, object]:
                 "kind": claim.kind,
                 "key_ids": claim.key_ids,
                 "release": None if claim.release is None else claim.release.model_dump(mode="json"),
+                "quality": None if claim.quality is None else claim.quality.to_json(),
             }
             for claim in _said(bundle, variant)
         ],
@@ -189,10 +94,10 @@ def _as_json(bundle: Bundle, variant: Variant) -> dict[str, object]:
 
 
 def _said(bundle: Bundle, variant: Variant) -> list[Claim]:
-    """What is attached to an engine; nothing of it has been checked."""
+    """What is attached to an engine; no signature of it has been checked."""
     from edgellm.signing.attesting import said
 
-    return [said(data) for data in bundle.attestations(variant.digest)]
+    return [said(data, variant.digest) for data in bundle.attestations(variant.digest)]
 
 
 def _print_variant(variant: Variant) -> None:
@@ -224,14 +129,42 @@ def _print_attestations(bundle: Bundle, variant: Variant) -> None:
     said = _said(bundle, variant)
     if not said:
         return
+    for claim in said:
+        if claim.quality is not None:
+            print_facts([*_quality_facts(claim.quality), ("signed by", _signers(claim))])
+            typer.echo()
     rows = [
         (
             claim.kind,
             "" if claim.release is None else str(claim.release.release),
             "" if claim.release is None else day(claim.release.expires),
-            ", ".join(key_id[:12] for key_id in claim.key_ids) or "nobody",
+            _signers(claim),
         )
         for claim in said
     ]
     print_table(("ATTACHED", "RELEASE", "EXPIRES", "SIGNED BY (not checked: `edgellm verify`)"), rows)
     typer.echo()
+
+
+def _signers(claim: Claim) -> str:
+    return ", ".join(key_id[:12] for key_id in claim.key_ids) or "nobody"
+
+
+def _quality_facts(report: QualityReport) -> list[tuple[str, str]]:
+    """A quality report for people; three digits are more than a short text can tell."""
+    reference = "the float model" if report.reference == "float" else "its own weights in float32"
+    stderr, calibration = report.perplexity_increase_stderr, report.calibration
+    increase = f"{100 * report.perplexity_increase:+.3g} %"
+    if stderr is not None:
+        increase += f" (standard error {100 * stderr:.2g} %)"
+    facts = [
+        ("quality", f"against {reference}"),
+        ("perplexity", f"{report.perplexity:.4g}, reference {report.float_perplexity:.4g}: {increase}"),
+        ("KL", f"{report.kl_divergence:.3g} nats a token, 99 % below {report.kl_divergence_p99:.3g}"),
+        ("top-1", f"{100 * report.top1_agreement:.3g} % the same"),
+        ("text", f"{report.tokens:,} tokens of {report.text.name} ({report.text.sha256[:12]})"),
+    ]
+    if calibration is not None:
+        facts.append(("calibration", f"{calibration.method}, text {calibration.sha256[:12]}"))
+    ran = f"{report.runtime.name} {report.runtime.version}, {report.seconds:.3g} s"
+    return [*facts, ("measured", f"{report.windows:,} windows of {report.window_tokens:,} tokens, {ran}")]

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgellm.cli.bundle import plan_facts
 from edgellm.cli.output import (
     DeviceOption,
     JsonOption,
@@ -19,6 +18,7 @@ from edgellm.cli.output import (
     printable,
     short_digest,
 )
+from edgellm.cli.plan import plan_facts
 
 if TYPE_CHECKING:
     from edgellm.client import ActivationStep

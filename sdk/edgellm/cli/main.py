@@ -15,11 +15,13 @@ from edgellm.cli import (
     bundle,
     device,
     engine,
+    export,
     failures,
     fleet,
     generate,
     key,
     pki,
+    plan,
     plugins,
     push,
     setup,
@@ -104,7 +106,7 @@ def version(json_: JsonOption = False) -> None:
 
 
 app.command("inspect")(bundle.inspect)
-app.command("plan")(bundle.plan)
+app.command("plan")(plan.plan)
 app.add_typer(key.app, name="key")
 app.command("sign")(sign.sign)
 app.command("verify")(sign.verify)
@@ -116,6 +118,7 @@ app.add_typer(fleet.app, name="fleet")
 app.add_typer(pki.app, name="pki")
 app.command("generate")(generate.generate)
 app.command("chat")(generate.chat)
+app.add_typer(export.app, name="export")
 app.command("top")(top.top)
 app.command("bench")(bench.bench)
 

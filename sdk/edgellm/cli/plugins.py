@@ -11,7 +11,7 @@ from edgellm.errors import EdgellmError
 
 GROUP = "edgellm.commands"
 # What brings a command whose package, or a package below it, is not installed.
-_EXTRAS = {"build": "buildhost"}
+_EXTRAS = dict.fromkeys(("build", "profile", "quantize"), "buildhost")
 
 
 def load_commands() -> dict[str, Any]:

@@ -16,6 +16,7 @@ from edgellm.cli.passphrase import PassphraseOption
 if TYPE_CHECKING:
     from edgellm.bundle import Variant
     from edgellm.signing import PublicKey, Release, Verdict
+    from edgellm.signing.attesting import SignedReport
     from edgellm.signing.ed25519 import SigningKey
 
 _UNITS_S = {"h": 3600, "d": 24 * 3600, "w": 7 * 24 * 3600}
@@ -93,6 +94,7 @@ def verify(
     edgellm verify smollm2.bundle --key release-2026.pub.json --profile orin-nano-8gb
     """
     from edgellm.signing import Expected, Keyring, judge, keys
+    from edgellm.signing.attesting import signed_reports
 
     opened = open_bundle(bundle)
     trusted = Keyring(tuple(keys.read_public_key(keys.find(name, keys.PUBLIC_SUFFIX)) for name in key))
@@ -110,11 +112,16 @@ def verify(
         )
         for item in opened.variants
     ]
+    reports = [
+        signed_reports(opened.attestations(item.digest), trusted.trusted, item.digest) for item, _ in verdicts
+    ]
     if json_:
-        print_json({"bundle": opened.path, "engines": [_verdict_json(*each) for each in verdicts]})
+        engines = [_verdict_json(*each, found) for each, found in zip(verdicts, reports, strict=True)]
+        print_json({"bundle": opened.path, "engines": engines})
     else:
         print_table(
-            ("ENGINE", "RELEASE", "EXPIRES", "SIGNED BY", "DIGEST"), [_row(*each) for each in verdicts]
+            ("ENGINE", "RELEASE", "EXPIRES", "SIGNED BY", "PERPLEXITY", "DIGEST"),
+            [_row(*each, found) for each, found in zip(verdicts, reports, strict=True)],
         )
     if not all(verdict.standing for _, verdict in verdicts):
         _refuse(verdicts, trusted.trusted)
@@ -164,19 +171,29 @@ def _signed_json(variant: Variant, release: Release) -> dict[str, object]:
     return {"digest": variant.digest, **release.model_dump(mode="json")}
 
 
-def _verdict_json(variant: Variant, verdict: Verdict) -> dict[str, object]:
+def _verdict_json(variant: Variant, verdict: Verdict, reports: list[SignedReport]) -> dict[str, object]:
     standing = [
         {"key": item.key.name, "key_id": item.key.key_id, **item.release.model_dump(mode="json")}
         for item in verdict.standing
     ]
-    return {"digest": variant.digest, "standing": standing, "reasons": verdict.reasons}
+    quality = [{"keys": [key.name for key in item.keys], **item.report.to_json()} for item in reports]
+    return {
+        "digest": variant.digest,
+        "standing": standing,
+        "reasons": verdict.reasons,
+        "quality": quality,
+    }
 
 
-def _row(variant: Variant, verdict: Verdict) -> tuple[str, ...]:
+def _row(variant: Variant, verdict: Verdict, reports: list[SignedReport]) -> tuple[str, ...]:
     from edgellm.signing import times
 
+    # Of several, the worst: an older report may have been kept beside a newer one.
+    worst = max((item.report.perplexity_increase for item in reports), default=None)
+    perplexity = "-" if worst is None else f"{100 * worst:+.3g} %"
     if not verdict.standing:
-        return variant.config.name, "-", "-", "nobody", variant.digest
+        return variant.config.name, "-", "-", "nobody", perplexity, variant.digest
     best = max((item.release for item in verdict.standing), key=lambda release: release.release)
     names = ", ".join(dict.fromkeys(item.key.name for item in verdict.standing))
-    return variant.config.name, str(best.release), times.day(best.expires), names, variant.digest
+    release = str(best.release)
+    return variant.config.name, release, times.day(best.expires), names, perplexity, variant.digest

@@ -1,7 +1,8 @@
 """What is signed: in-toto statements (v1) about one engine manifest, and our predicate, the release.
 
 https://github.com/in-toto/attestation. A release says: this engine, under this name and number, for these
-boards, until then. It is what a device asks for; provenance says how the engine was made and is for people.
+boards, until then. It is what a device asks for; provenance says how the engine was made, a quality report
+how near it is to the model that it was made of, and both are for people.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from edgellm.signing.errors import SigningError
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 RELEASE_TYPE = "urn:edgellm:release:v1"
 PROVENANCE_TYPE = "https://slsa.dev/provenance/v1"
+QUALITY_TYPE = "urn:edgellm:quality:v1"
 # What SQLite can hold; who counts by one never comes here.
 MAX_RELEASE = 2**63 - 1
 MAX_PROFILES = 64

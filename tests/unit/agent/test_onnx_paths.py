@@ -17,7 +17,8 @@ from edgellm_agent.runtimes.base import EngineLoadError
 from edgellm_agent.runtimes.onnx_paths import check_graph
 from edgellm_buildhost.build import build_engine
 from edgellm_buildhost.checkpoint import open_checkpoint
-from edgellm_buildhost.recipe import KvName, PrecisionName
+from edgellm_buildhost.recipe import KvName, QuantName
+from tests.support.tiny_families import CONFIGS, write_family
 from tests.support.tiny_models import make_tiny_hf
 
 WEIGHTS = "weights-00000.bin"
@@ -62,15 +63,25 @@ def refusal(folder: Path, made: onnx.ModelProto | bytes) -> str:
     return str(refused.value)
 
 
-@pytest.mark.parametrize("precision", PrecisionName)
-@pytest.mark.parametrize("kv", KvName)
-def test_every_graph_of_the_build_host_is_taken(tmp_path, precision, kv):
-    checkpoint = open_checkpoint(make_tiny_hf(tmp_path / "hf", tied=kv is KvName.FLOAT32))
-    files = tmp_path / "files"
+def check_engine(source: Path, files: Path, quant: QuantName, kv: KvName) -> None:
     files.mkdir()
-    config = build_engine(checkpoint, precision, files, profile="orin-nano-8gb", name="tiny", kv=kv)
+    config = build_engine(
+        open_checkpoint(source), quant, files, profile="orin-nano-8gb", name="tiny", kv=kv, canary=False
+    )
     for title in {config.files.graph, config.files.graph_ragged} - {None}:
         check_graph(files / str(title))
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("kv", KvName)
+def test_every_graph_of_the_build_host_is_taken(tmp_path, family, kv):
+    check_engine(write_family(tmp_path / "source", family), tmp_path / "files", QuantName.INT4, kv)
+
+
+@pytest.mark.parametrize("kv", KvName)
+def test_graphs_with_products_of_integers_are_taken(tmp_path, kv):
+    source = make_tiny_hf(tmp_path / "hf", tied=kv is KvName.FLOAT32)
+    check_engine(source, tmp_path / "files", QuantName.INT8_SMOOTHQUANT, kv)
 
 
 @pytest.mark.parametrize(

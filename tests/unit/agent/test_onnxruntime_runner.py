@@ -24,7 +24,7 @@ from edgellm_agent.worker.kv.base import KvGeometry
 from edgellm_agent.worker.kv.paged import PagedKvMemory
 from edgellm_buildhost.build import build_engine
 from edgellm_buildhost.checkpoint import open_checkpoint
-from edgellm_buildhost.recipe import KvName, PrecisionName
+from edgellm_buildhost.recipe import KvName, QuantName
 from tests.support.tiny_models import make_tiny_hf
 
 # The order of additions differs between shapes of a step; products in float32 show no more of it than this.
@@ -116,7 +116,7 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     directory = tmp_path_factory.mktemp("engine")
     config = build_engine(
         open_checkpoint(source),
-        PrecisionName.INT8,
+        QuantName.INT8,
         directory,
         profile="host",
         kv=kv,

@@ -10,30 +10,40 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from edgellm_buildhost.checkpoint.base import (
+from edgellm_buildhost.architecture import (
     EMBEDDING,
     FINAL_NORM,
     HEAD,
     Architecture,
-    Checkpoint,
-    tensor_shapes,
 )
-from edgellm_buildhost.checkpoint.base import layer_tensor as part
-from edgellm_buildhost.minima import fold_minima
-from edgellm_buildhost.quantize import QuantizedTensor
-from edgellm_buildhost.recipe import QuantizedWeights, Recipe
+from edgellm_buildhost.architecture import layer_tensor as part
+from edgellm_buildhost.calibration.walk import FloatModel
+from edgellm_buildhost.checkpoint import Checkpoint
+from edgellm_buildhost.graph.minima import fold_minima
+from edgellm_buildhost.graph.sources import table_group_size
+from edgellm_buildhost.quantization.grid import Grid, QuantizedTensor, quantize
+from edgellm_buildhost.quantization.layer import Method
+from edgellm_buildhost.recipe import QuantName, Request, recipe_for
 
 Floats = NDArray[np.float32]
 
 
-def rounded_weights(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, Floats]:
-    """The weights that an engine of this recipe stands for, dense."""
-    weights = QuantizedWeights(checkpoint, recipe)
-    shapes = tensor_shapes(checkpoint.architecture)
-    return {
-        name: weights.vector(name) if len(shape) == 1 else effective(weights.matrix([name]))
-        for name, shape in shapes.items()
-    }
+def rounded_weights(checkpoint: Checkpoint, quant: QuantName | Method) -> dict[str, Floats]:
+    """The weights that an engine of this method stands for, dense."""
+    shape, model = checkpoint.architecture, FloatModel(checkpoint)
+    method = recipe_for(Request(quant), shape).method if isinstance(quant, QuantName) else quant
+    weights = {name: checkpoint.tensor(name) for name in (EMBEDDING, FINAL_NORM)}
+    if not shape.tied_embedding:
+        weights[HEAD] = checkpoint.tensor(HEAD)
+    for name in weights.keys() - {FINAL_NORM}:
+        # Tables are 16-bit floats between the two halves of a build.
+        halves = weights[name].astype(np.float16).astype(np.float32)
+        weights[name] = quantize(halves, 8, table_group_size(shape), Grid.SYMMETRIC).dequantize()
+    for layer in range(shape.layers):
+        done = method.quantize(shape, layer, model.layer(layer), None)
+        weights |= {part(layer, name): effective(linear) for name, linear in done.linears.items()}
+        weights |= {f"model.layers.{layer}.{name}": vector for name, vector in done.vectors.items()}
+    return weights
 
 
 def effective(weight: QuantizedTensor) -> Floats:
@@ -48,7 +58,7 @@ def effective(weight: QuantizedTensor) -> Floats:
 def reference_logits(shape: Architecture, weights: Mapping[str, Floats], ids: NDArray[np.int64]) -> Floats:
     """Logits `[tokens, vocab]` of one sequence, all at once and without a cache."""
     hidden = weights[EMBEDDING][ids].astype(np.float64)
-    angles = np.outer(np.arange(len(ids)), np.asarray(shape.inverse_frequencies))
+    angles = np.outer(np.arange(len(ids)), np.asarray(shape.attention[0].inverse_frequencies))
     for layer in range(shape.layers):
         x = _norm(hidden, weights[part(layer, "input_layernorm")], shape.rms_epsilon)
         q, k, v = (x @ weights[part(layer, f"self_attn.{name}_proj")].T for name in "qkv")
@@ -94,13 +104,17 @@ class Engine:
         ids: NDArray[np.int64],
         past: NDArray[np.int32],
         wanted: NDArray[np.int64] | None = None,
+        query: NDArray[np.int32] | None = None,
     ) -> Floats:
-        """Feed `ids` [rows, tokens] behind `past` [rows]; logits of all positions, or of those wanted."""
+        """Feed `ids` [rows, tokens] behind `past` [rows]; logits of all positions, or of those wanted.
+
+        `query` [rows]: how many tokens of a row are no padding, None where all are.
+        """
         wanted = np.arange(ids.size) if wanted is None else wanted
         feeds = {
             "input_ids": ids,
             "past_len": past.astype(np.int32),
-            "query_len": np.full(len(ids), ids.shape[1], np.int32),
+            "query_len": np.full(len(ids), ids.shape[1], np.int32) if query is None else query,
             "logit_index": wanted.astype(np.int64),
         }
         binding = self.session.io_binding()

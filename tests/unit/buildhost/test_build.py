@@ -19,7 +19,7 @@ from edgellm.bundle import Bundle, EngineConfig
 from edgellm_buildhost.build import build_engine
 from edgellm_buildhost.checkpoint import open_checkpoint
 from edgellm_buildhost.errors import BuildError
-from edgellm_buildhost.recipe import KvName, PrecisionName
+from edgellm_buildhost.recipe import KvName, QuantName
 from tests.support.tiny_models import make_tiny_gguf, make_tiny_hf
 from tests.unit.buildhost.reference import Engine
 
@@ -37,9 +37,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "home"
 
 
-def build(
-    source: Path, target: Path, precision: PrecisionName = PrecisionName.INT4, **options: Any
-) -> EngineConfig:
+def build(source: Path, target: Path, precision: QuantName = QuantName.INT4, **options: Any) -> EngineConfig:
     target.mkdir()
     return build_engine(open_checkpoint(source), precision, target, profile="host", **options)
 
@@ -49,10 +47,10 @@ def digests(directory: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("kv", KvName)
-@pytest.mark.parametrize("precision", PrecisionName)
-def test_equal_input_gives_equal_bytes(
-    tmp_path: Path, hf: Path, precision: PrecisionName, kv: KvName
-) -> None:
+@pytest.mark.parametrize(
+    "precision", [quant for quant in QuantName if quant not in {QuantName.FP8, QuantName.AUTO}]
+)
+def test_equal_input_gives_equal_bytes(tmp_path: Path, hf: Path, precision: QuantName, kv: KvName) -> None:
     first, second = (build(hf, tmp_path / name, precision, kv=kv) for name in ("one", "two"))
     assert first == second
     assert digests(tmp_path / "one") == digests(tmp_path / "two")
@@ -122,7 +120,7 @@ def test_memory_follows_the_largest_matrix_and_not_the_number_of_layers(tmp_path
         checkpoint = open_checkpoint(source)
         (tmp_path / f"{layers}.engine").mkdir()
         tracemalloc.start()
-        build_engine(checkpoint, PrecisionName.INT4, tmp_path / f"{layers}.engine", profile="host")
+        build_engine(checkpoint, QuantName.INT4, tmp_path / f"{layers}.engine", profile="host")
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < peaks[0] + layer_bytes // 4
@@ -177,7 +175,7 @@ def test_a_failed_build_says_what_to_do_and_leaves_nothing(tmp_path: Path, hf: P
     assert last in output
     assert "try:" in output
     assert list(out.iterdir()) == []
-    assert not home.exists()
+    assert [path for path in home.rglob("*") if path.is_file()] == []
 
 
 def test_an_interrupted_build_leaves_nothing(

@@ -18,7 +18,7 @@ from edgellm_buildhost import canary as canaries
 from edgellm_buildhost.build import build_engine
 from edgellm_buildhost.checkpoint import open_checkpoint
 from edgellm_buildhost.errors import BuildError
-from edgellm_buildhost.recipe import RECIPES, KvName, PrecisionName
+from edgellm_buildhost.recipe import KvName, QuantName
 from tests.support.tiny_models import make_tiny_hf
 from tests.unit.buildhost.reference import reference_logits, rounded_weights
 
@@ -27,7 +27,7 @@ takes_an_int8_cache = Version(ort.__version__) >= Version("1.32")
 
 def build(source: Path, directory: Path, **options: Any) -> EngineConfig:
     directory.mkdir()
-    return build_engine(open_checkpoint(source), PrecisionName.INT8, directory, profile="host", **options)
+    return build_engine(open_checkpoint(source), QuantName.INT8, directory, profile="host", **options)
 
 
 def record(directory: Path, config: EngineConfig) -> Canary | None:
@@ -45,7 +45,7 @@ def test_it_is_the_greedy_answer_and_its_gaps_as_a_reference_computes_them(tmp_p
     assert canary is not None
     prompt = Tokenizer.from_file(str(tmp_path / "engine" / "tokenizer.json")).encode(canary.prompt).ids
     checkpoint = open_checkpoint(hf)
-    weights = rounded_weights(checkpoint, RECIPES[PrecisionName.INT8])
+    weights = rounded_weights(checkpoint, QuantName.INT8)
     ids = np.array([*prompt, *canary.token_ids[:-1]])
     logits = reference_logits(checkpoint.architecture, weights, ids)[len(prompt) - 1 :]
     assert logits.argmax(axis=1).tolist() == list(canary.token_ids)

@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, processors
 
-from edgellm_buildhost.checkpoint import open_checkpoint, tensor_shapes
+from edgellm_buildhost.architecture import (
+    DOWN,
+    EMBEDDING,
+    GATE,
+    KEY,
+    QUERY,
+    UP,
+    VALUE,
+    layer_tensor,
+    tensor_shapes,
+)
+from edgellm_buildhost.checkpoint import open_checkpoint
 from edgellm_buildhost.checkpoint.rope import scaled_frequencies
+from edgellm_buildhost.checkpoint.settings import Settings
+from edgellm_buildhost.checkpoint.stored import StoredNames
 from edgellm_buildhost.errors import BuildError
+from tests.support.tiny_families import CONFIGS, family_tensors, write_family
 from tests.support.tiny_models import (
+    BOS_ID,
     CHAT_TEMPLATE,
     EOS_ID,
     TinySpec,
@@ -29,6 +45,10 @@ Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 @pytest.fixture
 def hf(tmp_path: Path) -> Path:
     return make_tiny_hf(tmp_path / "tiny")
+
+
+def settings(fields: dict[str, Any]) -> Settings:
+    return Settings(Path("config.json"), fields)
 
 
 def edit_config(directory: Path, **changes: Any) -> None:
@@ -77,7 +97,7 @@ def test_the_tokenizer_returns_every_text(make: Any, tmp_path: Path) -> None:
 
 def test_scaled_rotary_positions_are_slower_where_they_should_be() -> None:
     plain = np.array(scaled_frequencies(10000.0, 64, None))
-    linear = np.array(scaled_frequencies(10000.0, 64, {"type": "linear", "factor": 4.0}))
+    linear = np.array(scaled_frequencies(10000.0, 64, settings({"type": "linear", "factor": 4.0})))
     np.testing.assert_allclose(linear, plain / 4)
     llama3 = {
         "rope_type": "llama3",
@@ -86,7 +106,7 @@ def test_scaled_rotary_positions_are_slower_where_they_should_be() -> None:
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
-    ratio = np.array(scaled_frequencies(500000.0, 128, llama3)) / np.array(
+    ratio = np.array(scaled_frequencies(500000.0, 128, settings(llama3))) / np.array(
         scaled_frequencies(500000.0, 128, None)
     )
     assert ratio[0] == 1.0
@@ -98,14 +118,12 @@ def test_scaled_rotary_positions_are_slower_where_they_should_be() -> None:
     ("changes", "named"),
     [
         ({"model_type": "mamba"}, "model_type 'mamba'"),
-        ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"attention_bias": True}, "attention_bias"),
-        ({"num_hidden_layers": 0}, "num_hidden_layers"),
-        ({"num_key_value_heads": 3}, "num_key_value_heads"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope type 'yarn'"),
-        ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling.factor"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"tie_word_embeddings": False}, "lm_head.weight"),
+        ({"attention_bias": True}, "no tensor model.layers.0.self_attn.q_proj.bias"),
+        ({"num_hidden_layers": 3}, "no tensor model.layers.2.self_attn.q_proj.weight"),
+        ({"num_hidden_layers": 1}, "a tensor model.layers.1.input_layernorm.weight"),
+        ({"intermediate_size": 130}, "mlp.gate_proj.weight has shape [128, 64]"),
+        ({"quantization_config": {"bits": 4}}, "quantized already (quantization_config in config.json)"),
+        ({"tie_word_embeddings": False}, "there is no tensor lm_head.weight"),
     ],
 )
 def test_a_configuration_that_cannot_be_built_is_named(hf: Path, changes: dict[str, Any], named: str) -> None:
@@ -114,6 +132,208 @@ def test_a_configuration_that_cannot_be_built_is_named(hf: Path, changes: dict[s
         open_checkpoint(hf)
     assert named in caught.value.message
     assert caught.value.hint
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"model_type": "llama"', "[" * 100_000])
+def test_a_configuration_that_is_no_json_object_is_named(hf: Path, text: str) -> None:
+    (hf / "config.json").write_text(text)
+    with pytest.raises(BuildError, match=r"config\.json: (not JSON|should hold)"):
+        open_checkpoint(hf)
+
+
+def test_what_a_quantizer_left_in_the_directory_is_named(hf: Path) -> None:
+    (hf / "hf_quant_config.json").write_text("{}")
+    with pytest.raises(BuildError, match=r"quantized already \(hf_quant_config\.json\)") as caught:
+        open_checkpoint(hf)
+    assert "open_quantized" in caught.value.hint
+
+
+@pytest.mark.parametrize("part", ["self_attn.q_proj.bias", "self_attn.q_norm.weight", "mlp.router.weight"])
+def test_a_tensor_that_the_configuration_does_not_explain_is_refused(hf: Path, part: str) -> None:
+    edit_tensors(hf, **{f"model__layers__0__{part.replace('.', '__')}": np.ones(64, np.float32)})
+    with pytest.raises(BuildError, match=f"there is a tensor model.layers.0.{part}"):
+        open_checkpoint(hf)
+
+
+def test_angles_that_old_checkpoints_carry_are_no_weights(hf: Path) -> None:
+    edit_tensors(hf, model__layers__0__self_attn__rotary_emb__inv_freq=np.ones(8, np.float32))
+    open_checkpoint(hf)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_rows_are_those_of_the_whole_table(tmp_path: Path, dtype: str) -> None:
+    checkpoint = open_checkpoint(make_tiny_hf(tmp_path / "tiny", dtype=dtype))
+    table = checkpoint.tensor(EMBEDDING)
+    for start, stop in ((0, 300), (0, 1), (7, 100), (290, 400)):
+        np.testing.assert_array_equal(checkpoint.rows(EMBEDDING, start, stop), table[start:stop])
+
+
+@pytest.mark.parametrize("quantization", ["F32", "F16", "Q4_1"])
+def test_rows_of_a_gguf_table_are_those_of_the_whole(tmp_path: Path, quantization: str) -> None:
+    checkpoint = open_checkpoint(make_tiny_gguf(tmp_path / "tiny.gguf", quantization=quantization))
+    for name in (EMBEDDING, Q_PROJ):
+        np.testing.assert_array_equal(checkpoint.rows(name, 5, 33), checkpoint.tensor(name)[5:33])
+
+
+def test_rows_that_are_no_numbers_are_refused(hf: Path) -> None:
+    table = tiny_tensors(TinySpec())[EMBEDDING]
+    table[200] = np.nan
+    edit_tensors(hf, model__embed_tokens__weight=table)
+    checkpoint = open_checkpoint(hf)
+    checkpoint.rows(EMBEDDING, 0, 200)
+    with pytest.raises(BuildError, match="64 values that are not finite"):
+        checkpoint.rows(EMBEDDING, 150, 201)
+
+
+def test_a_few_rows_take_the_memory_of_a_few_rows(tmp_path: Path) -> None:
+    directory = make_tiny_hf(tmp_path / "tiny", vocab=20_000, dtype="bfloat16")
+    checkpoint = open_checkpoint(directory)
+    tracemalloc.start()
+    checkpoint.rows(EMBEDDING, 10_000, 10_100)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 20_000 * 64 * 2  # bytes of the whole table, as it lies in the file
+
+
+def test_fused_linears_are_taken_apart(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(write_family(tmp_path / "phi", "phi3"))
+    stored = family_tensors(CONFIGS["phi3"])
+    parts = [checkpoint.tensor(layer_tensor(1, part)) for part in (QUERY, KEY, VALUE)]
+    np.testing.assert_array_equal(np.concatenate(parts), stored["model.layers.1.self_attn.qkv_proj.weight"])
+    assert [len(part) for part in parts] == [64, 32, 32]
+    parts = [checkpoint.tensor(layer_tensor(0, part)) for part in (GATE, UP)]
+    np.testing.assert_array_equal(np.concatenate(parts), stored["model.layers.0.mlp.gate_up_proj.weight"])
+    np.testing.assert_array_equal(
+        checkpoint.rows(layer_tensor(0, KEY), 3, 9), checkpoint.tensor(layer_tensor(0, KEY))[3:9]
+    )
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_stored_row_is_read_exactly_once(tmp_path: Path, name: str) -> None:
+    checkpoint = open_checkpoint(write_family(tmp_path / "hf", name))
+    stored = {name: len(tensor) for name, tensor in family_tensors(CONFIGS[name]).items()}
+    names = StoredNames(checkpoint.architecture, stored)
+    places = [names.place(ours) for ours in tensor_shapes(checkpoint.architecture)]
+    read = sorted((place.name, row) for place in places for row in range(place.start, place.stop))
+    assert read == sorted((name, row) for name, rows in stored.items() for row in range(rows))
+
+
+def test_gains_of_gemma_are_true_gains(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(write_family(tmp_path / "gemma", "gemma3"))
+    stored = family_tensors(CONFIGS["gemma3"])
+    gains = [name for name in stored if stored[name].ndim == 1]
+    assert len(gains) == 4 * 6 + 1
+    for name in gains:
+        np.testing.assert_array_equal(checkpoint.tensor(name), stored[name] + np.float32(1))
+    np.testing.assert_array_equal(checkpoint.tensor(EMBEDDING), stored[EMBEDDING])
+
+
+@pytest.mark.parametrize("form", ["language_model.model.", "model.language_model.", "model."])
+def test_a_language_model_is_found_under_every_prefix_in_use(tmp_path: Path, form: str) -> None:
+    directory = write_family(tmp_path / "gemma", "gemma3-multimodal")
+    config = CONFIGS["gemma3-multimodal"]
+    plain = {name.removeprefix("language_model."): tensor for name, tensor in family_tensors(config).items()}
+    stored = {form + name.removeprefix("model."): tensor for name, tensor in plain.items()}
+    save_file(
+        stored | {"vision_tower.post_layernorm.bias": np.ones(4, np.float32)}, directory / "model.safetensors"
+    )
+    checkpoint = open_checkpoint(directory)
+    name = layer_tensor(0, DOWN)
+    np.testing.assert_array_equal(checkpoint.tensor(name), plain[name])
+    assert checkpoint.tokenizer.eos_ids == (EOS_ID, 1)
+
+
+def write_json(path: Path, **fields: Any) -> None:
+    path.write_text(json.dumps(fields))
+
+
+def add_bos_to_every_text(directory: Path) -> None:
+    """As the tokenizers of Llama 3 do it: by a post-processor, and tokenizer_config.json says nothing."""
+    path = directory / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", BOS_ID)]
+    )
+    tokenizer.save(str(path))
+
+
+@pytest.mark.parametrize(
+    ("processor", "field", "added"),
+    [
+        (False, {}, False),
+        (True, {}, True),
+        (False, {"add_bos_token": True}, True),
+        (True, {"add_bos_token": False}, False),
+    ],
+)
+def test_a_text_begins_as_the_tokenizer_begins_it(
+    hf: Path, processor: bool, field: dict[str, Any], added: bool
+) -> None:
+    if processor:
+        add_bos_to_every_text(hf)
+    write_json(hf / "tokenizer_config.json", **field)
+    tokenizer = open_checkpoint(hf).tokenizer
+    assert (tokenizer.add_bos, tokenizer.bos_id) == (added, BOS_ID)
+
+
+def test_all_ends_of_a_text_are_known_and_the_template_finds_its_own_first(hf: Path) -> None:
+    write_json(hf / "generation_config.json", eos_token_id=[0, 1, 2, 1])
+    assert open_checkpoint(hf).tokenizer.eos_ids == (2, 0, 1)
+    write_json(hf / "tokenizer_config.json", eos_token={"content": "<|im_start|>"})
+    assert open_checkpoint(hf).tokenizer.eos_ids == (1, 0, 2)
+
+
+@pytest.mark.parametrize("eos", ["</s>", [], [1.5], -1, True])
+def test_ends_that_are_no_ids_are_named(hf: Path, eos: Any) -> None:
+    write_json(hf / "generation_config.json", eos_token_id=eos)
+    with pytest.raises(BuildError, match=r"generation_config\.json: eos_token_id should be"):
+        open_checkpoint(hf)
+
+
+def test_a_model_without_an_end_is_refused(hf: Path) -> None:
+    (hf / "generation_config.json").unlink()
+    edit_config(hf, eos_token_id=None)
+    with pytest.raises(BuildError, match="eos_token_id is missing"):
+        open_checkpoint(hf)
+
+
+def test_the_chat_template_is_found_wherever_publishers_put_it(hf: Path) -> None:
+    named = [{"name": "tools", "template": "T"}, {"name": "default", "template": "D"}]
+    write_json(hf / "tokenizer_config.json", chat_template=named)
+    assert open_checkpoint(hf).tokenizer.chat_template == "D"
+    write_json(hf / "tokenizer_config.json", chat_template=named[:1])
+    assert open_checkpoint(hf).tokenizer.chat_template == "T"
+    write_json(hf / "tokenizer_config.json")
+    assert open_checkpoint(hf).tokenizer.chat_template is None
+    write_json(hf / "chat_template.json", chat_template="P")
+    assert open_checkpoint(hf).tokenizer.chat_template == "P"
+    (hf / "chat_template.jinja").write_text("J")
+    assert open_checkpoint(hf).tokenizer.chat_template == "J"
+
+
+def test_a_damaged_tokenizer_is_named(hf: Path) -> None:
+    (hf / "tokenizer.json").write_text("{}")
+    with pytest.raises(BuildError, match=r"tokenizer\.json: not a tokenizer"):
+        open_checkpoint(hf)
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.001, 0.5, 0.99])
+def test_a_safetensors_file_cut_short_is_refused(hf: Path, kept: float) -> None:
+    path = hf / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * kept)])
+    with pytest.raises(BuildError, match=r"model\.safetensors: damaged or cut short"):
+        open_checkpoint(hf)
+
+
+def test_an_index_that_names_a_tensor_which_is_not_in_its_shard_is_refused(tmp_path: Path) -> None:
+    directory = make_tiny_hf(tmp_path / "tiny", shards=2)
+    index = directory / "model.safetensors.index.json"
+    names = json.loads(index.read_text())["weight_map"]
+    swapped = dict(zip(names, reversed(list(names.values())), strict=True))
+    write_json(index, weight_map=swapped)
+    with pytest.raises(BuildError, match=r"says it is there"):
+        open_checkpoint(directory)
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "model.safetensors"])

@@ -10,7 +10,13 @@ import pytest
 
 from edgellm_buildhost.build import build_engine
 from edgellm_buildhost.checkpoint import open_checkpoint
-from edgellm_buildhost.recipe import RECIPES, PrecisionName
+from edgellm_buildhost.quantization.auto import Mixed
+from edgellm_buildhost.quantization.grid import Grid, Rounding
+from edgellm_buildhost.quantization.layer import Point
+from edgellm_buildhost.quantization.rtn import RoundToNearest
+from edgellm_buildhost.quantize import Quantization
+from edgellm_buildhost.quantized import open_quantized
+from edgellm_buildhost.recipe import QuantName, Recipe
 from tests.support.tiny_models import make_tiny_hf
 from tests.unit.buildhost.reference import Engine, Floats, reference_logits, rounded_weights
 
@@ -39,23 +45,23 @@ class Built:
     ids: np.ndarray
 
 
-def build(tmp_path: Path, shape: dict[str, int], precision: PrecisionName, accuracy_level: int) -> Built:
+def build(tmp_path: Path, shape: dict[str, int], precision: QuantName, accuracy_level: int) -> Built:
     checkpoint = open_checkpoint(make_tiny_hf(tmp_path / "hf", **shape))
     engine = tmp_path / "engine"
     engine.mkdir()
     build_engine(checkpoint, precision, engine, profile="host", accuracy_level=accuracy_level)
     ids = np.random.default_rng(1).integers(0, checkpoint.architecture.vocab_size, 24)
-    weights = rounded_weights(checkpoint, RECIPES[precision])
+    weights = rounded_weights(checkpoint, precision)
     return Built(engine, reference_logits(checkpoint.architecture, weights, ids), ids)
 
 
-@pytest.fixture(params=list(PrecisionName), ids=lambda item: item.value)
-def precision(request: pytest.FixtureRequest) -> PrecisionName:
+@pytest.fixture(params=[QuantName.INT4, QuantName.INT8], ids=lambda item: item.value)
+def precision(request: pytest.FixtureRequest) -> QuantName:
     return request.param
 
 
 @pytest.fixture(params=SHAPES)
-def built(request: pytest.FixtureRequest, tmp_path: Path, precision: PrecisionName) -> Built:
+def built(request: pytest.FixtureRequest, tmp_path: Path, precision: QuantName) -> Built:
     return build(tmp_path, request.param, precision, accuracy_level=0)
 
 
@@ -122,7 +128,7 @@ def test_a_step_touches_its_own_positions_of_the_cache_only(built: Built) -> Non
         assert np.isnan(cache[:, :, 8:]).all()
 
 
-def test_integer_products_stay_within_their_margin(tmp_path: Path, precision: PrecisionName) -> None:
+def test_integer_products_stay_within_their_margin(tmp_path: Path, precision: QuantName) -> None:
     built = build(tmp_path, {"layers": 3}, precision, accuracy_level=4)
     logits = Engine(built.engine).step(built.ids[None], past(0))
     error = np.abs(logits - built.expected).mean()
@@ -132,6 +138,24 @@ def test_integer_products_stay_within_their_margin(tmp_path: Path, precision: Pr
 
 
 def test_equal_steps_give_equal_bits(tmp_path: Path) -> None:
-    built = build(tmp_path, {}, PrecisionName.INT4, accuracy_level=4)
+    built = build(tmp_path, {}, QuantName.INT4, accuracy_level=4)
     first, second = (Engine(built.engine).step(built.ids[None], past(0)) for _ in range(2))
     np.testing.assert_array_equal(first, second)
+
+
+def test_points_on_different_grids_and_groups_give_the_logits_of_the_reference(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(make_tiny_hf(tmp_path / "hf", hidden=128, ffn=256, head_dim=32, layers=4))
+    grids = [(4, 64, Grid.FLOAT_MINIMUM), (4, 32, Grid.FLOAT_MINIMUM), (8, 64, Grid.SYMMETRIC)]
+    grids += [(4, 32, Grid.INTEGER_ZERO), (4, 128, Grid.SYMMETRIC)]
+    places = [(layer, point) for layer in range(4) for point in Point]
+    choice = {place: Rounding(*grids[number % len(grids)]) for number, place in enumerate(places)}
+    method = Mixed(RoundToNearest(choice[places[0]]), choice)
+    Quantization(checkpoint, Recipe(method, "mixed"), "key").write(tmp_path / "quantized", lambda *_: None)
+    (tmp_path / "engine").mkdir()
+    quantized = open_quantized(tmp_path / "quantized")
+    config = build_engine(quantized, None, tmp_path / "engine", profile="host", accuracy_level=0)
+    ids = np.random.default_rng(1).integers(0, checkpoint.architecture.vocab_size, 24)
+    expected = reference_logits(checkpoint.architecture, rounded_weights(checkpoint, method), ids)
+    logits = Engine(tmp_path / "engine").step(ids[None], past(0))
+    np.testing.assert_allclose(logits, expected, atol=FLOAT_TOLERANCE)
+    assert (config.precision.weights, config.precision.group_size) == ("mixed", None)

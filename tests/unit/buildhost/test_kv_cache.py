@@ -16,10 +16,11 @@ from tokenizers import Tokenizer
 
 from edgellm.bundle import EngineConfig
 from edgellm_buildhost.build import build_engine
-from edgellm_buildhost.calibration import calibrate
+from edgellm_buildhost.calibration.kv import calibrate
+from edgellm_buildhost.calibration.text import Text
 from edgellm_buildhost.checkpoint import open_checkpoint
 from edgellm_buildhost.errors import BuildError
-from edgellm_buildhost.recipe import KvName, PrecisionName
+from edgellm_buildhost.recipe import KvName, QuantName
 from tests.support.tiny_models import make_tiny_hf
 from tests.unit.buildhost.reference import Engine
 
@@ -44,7 +45,7 @@ class Pair:
 def build(source: Path, directory: Path, kv: KvName) -> EngineConfig:
     directory.mkdir()
     return build_engine(
-        open_checkpoint(source), PrecisionName.INT8, directory, profile="host", kv=kv, accuracy_level=0
+        open_checkpoint(source), QuantName.INT8, directory, profile="host", kv=kv, accuracy_level=0
     )
 
 
@@ -142,8 +143,8 @@ def test_scales_leave_room_above_the_largest_value_and_none_is_zero(tmp_path: Pa
     seen: list[tuple[int, int]] = []
     scales = calibrate(
         tmp_path / "engine" / "model.onnx",
-        open_checkpoint(source),
-        "one text " * 50,
+        open_checkpoint(source).architecture,
+        np.random.default_rng(0).integers(3, 300, (4, 100)),
         lambda done, total: seen.append((done, total)),
     )
     assert scales.keys.shape == scales.values.shape == (2, 2, 16)
@@ -152,11 +153,18 @@ def test_scales_leave_room_above_the_largest_value_and_none_is_zero(tmp_path: Pa
     assert seen[-1][0] == seen[-1][1] > 0
 
 
-def test_an_empty_calibration_text_is_refused(tmp_path: Path) -> None:
+def test_a_calibration_text_shorter_than_a_window_is_refused(tmp_path: Path) -> None:
     source = make_tiny_hf(tmp_path / "tiny")
-    build(source, tmp_path / "engine", KvName.FLOAT32)
-    with pytest.raises(BuildError, match="empty"):
-        calibrate(tmp_path / "engine" / "model.onnx", open_checkpoint(source), "", lambda _done, _total: None)
+    (tmp_path / "engine").mkdir()
+    with pytest.raises(BuildError, match="one line: 2 tokens, a window has 512"):
+        build_engine(
+            open_checkpoint(source),
+            QuantName.INT8,
+            tmp_path / "engine",
+            profile="host",
+            kv=KvName.INT8,
+            text=Text("one line", "abc"),
+        )
 
 
 def test_a_model_that_overflows_is_refused_with_the_layer(tmp_path: Path) -> None:

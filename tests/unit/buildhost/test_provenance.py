@@ -41,7 +41,7 @@ def test_a_build_says_what_it_was_made_from_and_with(tmp_path: Path, hf: Path) -
     assert all(found[name] == hashlib.sha256((hf / name).read_bytes()).hexdigest() for name in found)
     assert definition["externalParameters"] == {
         "source": "tiny",
-        "precision": "int8",
+        "quant": "int8",
         "kv": "float32",
         "profile": "host",
         "name": "tiny-int8",

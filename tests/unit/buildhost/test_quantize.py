@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import gguf
 import numpy as np
 import pytest
@@ -9,8 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from edgellm_buildhost.minima import extra_columns, fold_minima, sum_columns
-from edgellm_buildhost.quantize import Grid, concatenate, pack_codes, quantize, unpack_codes
+from edgellm_buildhost.graph.minima import extra_columns, fold_minima, sum_columns
+from edgellm_buildhost.quantization.fp8 import to_fp8
+from edgellm_buildhost.quantization.grid import (
+    Grid,
+    Rounding,
+    concatenate,
+    pack_codes,
+    quantize,
+)
+from edgellm_buildhost.quantization.layer import Int8Tensor, Linear
+from edgellm_buildhost.quantization.rows import concatenate_linears, take_rows
 
 VALUES = st.floats(-100, 100, width=32, allow_subnormal=False)
 MATRICES = hnp.arrays(np.float32, st.tuples(st.integers(1, 5), st.integers(1, 130)), elements=VALUES)
@@ -50,7 +61,7 @@ def test_folded_minima_stand_for_the_same_product(matrix, bits, seed) -> None:
     plain = quantize(matrix, bits, 32, Grid.FLOAT_MINIMUM)
     folded = fold_minima(plain)
     assert folded.minima is None
-    assert folded.columns == plain.columns + extra_columns(plain)
+    assert folded.columns == plain.columns + extra_columns(plain.columns, plain.group_size)
     x = np.random.default_rng(seed).standard_normal(plain.columns).astype(np.float32)
     sums = x @ sum_columns(plain)
     result = folded.dequantize() @ np.concatenate([x, sums])
@@ -70,8 +81,10 @@ def test_folding_keeps_weights_to_a_fifteenth_of_a_step() -> None:
 
 @given(hnp.arrays(np.uint8, st.tuples(st.integers(1, 4), st.integers(1, 33)), elements=st.integers(0, 15)))
 def test_packed_codes_unpack_to_themselves(codes) -> None:
-    np.testing.assert_array_equal(unpack_codes(pack_codes(codes, 4), 4, codes.shape[1]), codes)
-    np.testing.assert_array_equal(unpack_codes(pack_codes(codes, 8), 8, codes.shape[1]), codes)
+    packed = pack_codes(codes, 4)
+    unpacked = np.stack([packed & 0xF, packed >> 4], axis=-1).reshape(len(codes), -1)
+    np.testing.assert_array_equal(unpacked[:, : codes.shape[1]], codes)
+    np.testing.assert_array_equal(pack_codes(codes, 8), codes)
 
 
 @pytest.mark.parametrize("grid", Grid)
@@ -91,3 +104,65 @@ def test_matrices_on_different_grids_are_not_joined() -> None:
 @pytest.mark.parametrize("grid", Grid)
 def test_a_matrix_of_zeros_stays_zero(grid) -> None:
     assert not quantize(np.zeros((2, 64), np.float32), 4, 32, grid).dequantize().any()
+
+
+@given(MATRICES, BITS)
+def test_symmetric_scales_are_positive_as_every_loader_takes_them(matrix, bits) -> None:
+    assert (quantize(matrix, bits, 16, Grid.SYMMETRIC).scales >= 0).all()
+
+
+def in_every_form(rows: int = 6) -> dict[str, Linear]:
+    weight = np.random.default_rng(4).standard_normal((rows, 64)).astype(np.float32)
+    steps = np.abs(weight).max(axis=1) / np.float32(127)
+    forms: dict[str, Linear] = {grid.value: quantize(weight, 4, 32, grid) for grid in Grid}
+    forms["int8"] = Int8Tensor(np.rint(weight / steps[:, None]).astype(np.int8), steps, 0.5)
+    forms["fp8"] = to_fp8(weight, 0.5)
+    forms["floats"] = weight
+    return forms
+
+
+def floats(linear: Linear) -> np.ndarray:
+    return linear if isinstance(linear, np.ndarray) else linear.dequantize()
+
+
+@pytest.mark.parametrize("form", in_every_form())
+@pytest.mark.parametrize("order", [slice(1, 4), [5, 0, 2], np.array([3, 3])])
+def test_rows_of_any_form_are_taken_as_they_are(form, order) -> None:
+    linear = in_every_form()[form]
+    np.testing.assert_array_equal(floats(take_rows(linear, order)), floats(linear)[order])
+
+
+@pytest.mark.parametrize("form", in_every_form())
+def test_rows_of_any_form_are_put_together_again(form) -> None:
+    linear = in_every_form()[form]
+    joined = concatenate_linears([take_rows(linear, slice(0, 2)), take_rows(linear, slice(2, 6))])
+    np.testing.assert_array_equal(floats(joined), floats(linear))
+
+
+@pytest.mark.parametrize(
+    ("parts", "told"),
+    [
+        ([], "no linear maps"),
+        (["int8", "floats"], "different forms cannot be joined: Int8Tensor, ndarray"),
+        (["symmetric", "integer zero"], "different grids"),
+    ],
+)
+def test_linear_maps_of_different_forms_are_not_joined(parts, told) -> None:
+    with pytest.raises(ValueError, match=told):
+        concatenate_linears([in_every_form()[form] for form in parts])
+
+
+def test_matrices_that_share_a_product_must_share_its_scales() -> None:
+    int8, fp8 = in_every_form()["int8"], in_every_form()["fp8"]
+    with pytest.raises(ValueError, match="input scales"):
+        concatenate_linears([int8, replace(int8, input_scale=0.25)])
+    with pytest.raises(ValueError, match="different scales"):
+        concatenate_linears([fp8, replace(fp8, scale=0.25)])
+
+
+@pytest.mark.parametrize("size", [0, 8, 48, 512])
+def test_group_sizes_that_no_kernel_takes_are_refused(size) -> None:
+    with pytest.raises(ValueError, match=f"group size {size}"):
+        quantize(np.ones((2, 64), np.float32), 4, size, Grid.SYMMETRIC)
+    with pytest.raises(ValueError, match=f"group size {size}"):
+        Rounding(4, size, Grid.SYMMETRIC)

@@ -13,6 +13,8 @@ from edgellm.memory import (
     VERIFIED_TOKENS,
     WORKER_BYTES,
     MemoryPlan,
+    largest_context,
+    needed_bytes,
     plan_memory,
     workspace_bytes,
 )
@@ -87,6 +89,31 @@ def test_less_headroom_never_shortens_the_context(total, spare, context, many):
         return plan.context_tokens if isinstance(plan, MemoryPlan) else 0
 
     assert context_of(spare // 2) >= context_of(spare)
+
+
+@given(available, headroom, sequences, prefills)
+def test_the_largest_context_is_granted_to_all_sequences_and_one_page_more_is_not(
+    total, spare, many, prefill
+):
+    shared = {"headroom_bytes": spare, "max_sequences": many, "prefill_tokens": prefill}
+    largest = largest_context(CONFIG, available_bytes=total, **shared)
+    assert 0 <= largest <= CONFIG.model.context_length
+    if largest:
+        assert needed_bytes(CONFIG, context_tokens=largest, **shared) <= total
+        plan = plan_memory(CONFIG, available_bytes=total, context_tokens=largest, **shared)
+        assert plan.context_tokens == largest
+        held_tokens = -(-largest // PAGE_TOKENS) * PAGE_TOKENS
+        assert plan.kv_bytes == many * held_tokens * CONFIG.kv_bytes_per_token
+    if largest < CONFIG.model.context_length:
+        assert needed_bytes(CONFIG, context_tokens=largest + 1, **shared) > total
+
+
+@given(headroom, st.integers(1, CONFIG.model.context_length), sequences, prefills)
+def test_what_is_needed_is_enough_and_nothing_less_is(spare, context, many, prefill):
+    shared = {"headroom_bytes": spare, "max_sequences": many, "prefill_tokens": prefill}
+    needed = needed_bytes(CONFIG, context_tokens=context, **shared)
+    assert largest_context(CONFIG, available_bytes=needed, **shared) >= context
+    assert largest_context(CONFIG, available_bytes=needed - 1, **shared) < context
 
 
 def test_plenty_of_memory_gives_what_was_asked_for_and_no_more():

@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from edgellm_buildhost.quantize import Grid, QuantizedTensor, quantize
+from edgellm_buildhost.quantization.grid import Grid, QuantizedTensor, quantize
 
 
 def fold_minima(weight: QuantizedTensor) -> QuantizedTensor:
@@ -33,7 +33,7 @@ def fold_minima(weight: QuantizedTensor) -> QuantizedTensor:
     zero_points = np.clip(np.rint(-weight.minima / scales), 0, top).astype(np.uint8)
     # A group of equal values has scale 0: its minimum is all rest.
     rest = weight.minima + weight.scales * zero_points
-    extra = extra_columns(weight)
+    extra = extra_columns(weight.columns, weight.group_size)
     padded = np.pad(rest, ((0, 0), (0, extra - weight.groups)))
     tail = quantize(padded, weight.bits, weight.group_size, Grid.SYMMETRIC)
     middle = np.full((weight.rows, tail.groups), 1 << (weight.bits - 1), np.uint8)
@@ -46,14 +46,14 @@ def fold_minima(weight: QuantizedTensor) -> QuantizedTensor:
     )
 
 
-def extra_columns(weight: QuantizedTensor) -> int:
+def extra_columns(columns: int, group_size: int) -> int:
     """Columns that `fold_minima` appends: one for each group, up to a whole group."""
-    return -(-weight.groups // weight.group_size) * weight.group_size
+    return -(-(columns // group_size) // group_size) * group_size
 
 
 def sum_columns(weight: QuantizedTensor) -> NDArray[np.float32]:
     """The matrix `[columns, extra]` of ones and zeros which turns x into its group sums."""
-    sums = np.zeros((weight.columns, extra_columns(weight)), np.float32)
+    sums = np.zeros((weight.columns, extra_columns(weight.columns, weight.group_size)), np.float32)
     columns = np.arange(weight.columns)
     sums[columns, columns // weight.group_size] = 1.0
     return sums

@@ -1,0 +1,1 @@
+"""The build host's commands of the one CLI, one file each."""
