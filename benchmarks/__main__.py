@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import daemon, graph, idle, memory, push, sampler, serving, serving_alone, start
+from benchmarks import daemon, graph, idle, memory, push, quality, sampler, serving, serving_alone, start
 from benchmarks.inputs import Inputs
 from benchmarks.machine import describe
 from benchmarks.report import Failure, Report, Row, Skipped
@@ -28,6 +28,8 @@ BENCHMARKS: dict[str, Callable[[Inputs], Sequence[Row | Skipped]]] = {
     "lookup": serving_alone.prompt_lookup,
     "interference": serving_alone.long_prompt,
     "prefix": serving_alone.cached_prefix,
+    "quality": quality.tilted,
+    "quality-rotated": quality.rotated,
 }
 _ROUNDS = 7
 _QUICK_ROUNDS = 3

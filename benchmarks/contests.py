@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.graph_model import GraphModel, decode_rate, prefill_rate
-from edgellm_buildhost.recipe import PrecisionName
+from edgellm_buildhost.recipe import QuantName
 
 _PROMPT_TOKENS = 32
 _DECODE_STEPS = 96
@@ -42,16 +42,16 @@ WORKLOADS = (
 class Contest:
     """A precision of ours, its peers, and floors and goals in the order of the workloads."""
 
-    precision: PrecisionName
+    precision: QuantName
     peers: tuple[str, ...]
     floors: tuple[float, float, float]
     goals: tuple[float, float, float]
     goal_of_bound: float
 
 
-INT8 = Contest(PrecisionName.INT8, ("Q8_0",), (1.2, 1.3, 0.8), (1.5, 1.6, 2.0), 70)
+INT8 = Contest(QuantName.INT8, ("Q8_0",), (1.2, 1.3, 0.8), (1.5, 1.6, 2.0), 70)
 INT4 = Contest(
-    PrecisionName.INT4,
+    QuantName.INT4,
     ("Q4_0", "Q4_1", "IQ4_NL", "Q4_K_S", "Q4_K_M"),
     (1.1, 1.2, 0.8),
     (1.5, 1.5, 2.0),

@@ -10,7 +10,7 @@ from benchmarks.our_graph import OurGraph
 from benchmarks.report import TIMES, Bound, Row
 from benchmarks.streams import read_streams
 from benchmarks.timing import Samples, take_turns
-from edgellm_buildhost.recipe import PrecisionName
+from edgellm_buildhost.recipe import QuantName
 
 _STREAMS = 4
 _PROMPT_TOKENS = 64
@@ -19,7 +19,7 @@ _TOKENS = 192
 
 def daemon_cost(inputs: Inputs) -> list[Row]:
     """While all streams decode, and from the first request to the last token."""
-    engine = inputs.engine(PrecisionName.INT4)
+    engine = inputs.engine(QuantName.INT4)
     # The runner alone does not guess ahead either.
     settings = {"context_tokens": 1024, "max_sequences": _STREAMS, "speculate": False}
     with running_agent(inputs.cache, settings) as agent:

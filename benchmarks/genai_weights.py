@@ -14,7 +14,8 @@ from pathlib import Path
 
 from safetensors.numpy import save_file
 
-from edgellm_buildhost.checkpoint import Architecture, Checkpoint, open_checkpoint, tensor_shapes
+from edgellm_buildhost.architecture import Architecture, tensor_shapes
+from edgellm_buildhost.checkpoint import Checkpoint, open_checkpoint
 
 # The builder's options. Without any it rounds to nearest in groups of 32: its fastest 4-bit type.
 RECIPES = {"int8": ("int8",), "int4": ("int4",), "int4 k-quant": ("int4", "algo_config=k_quant_last")}
@@ -91,7 +92,7 @@ def _config(checkpoint: Checkpoint) -> dict[str, object]:
 
 def _rope_theta(shape: Architecture) -> float:
     """The base of plain rotary frequencies; raises RuntimeError where they are scaled."""
-    frequencies, pairs = shape.inverse_frequencies, shape.head_dim // 2
+    frequencies, pairs = shape.attention[0].inverse_frequencies, shape.head_dim // 2
     theta = round(frequencies[1] ** -pairs, 3)
     if not math.isclose(frequencies[-1], theta ** (-(pairs - 1) / pairs), rel_tol=1e-6):
         raise RuntimeError("scaled rotary frequencies are not written for it")

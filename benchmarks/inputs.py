@@ -16,7 +16,7 @@ from edgellm.bundle import Bundle, BundleWriter
 from edgellm.bundle.layout import Variant
 from edgellm_buildhost.build import build_engine
 from edgellm_buildhost.checkpoint import open_checkpoint
-from edgellm_buildhost.recipe import PrecisionName
+from edgellm_buildhost.recipe import QuantName
 
 _TEXT_TOKENS = 940
 
@@ -59,7 +59,7 @@ class Inputs:
         """Where the peers' files are kept."""
         return self.cache / f"peers-{self.model_sha256[:12]}"
 
-    def engine(self, precision: PrecisionName) -> BuiltEngine:
+    def engine(self, precision: QuantName) -> BuiltEngine:
         """The engine that the build host makes today; built again when it or the model changes."""
         folder = self.cache / f"{precision.value}-{self.model_sha256[:12]}-{_build_host_digest()[:12]}"
         path = folder / "engine.bundle"

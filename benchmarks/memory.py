@@ -13,7 +13,7 @@ from benchmarks.report import TIMES, Bound, Row
 from benchmarks.streams import read_streams
 from edgellm.client import Client, Constraint
 from edgellm.memory import MemoryPlan
-from edgellm_buildhost.recipe import PrecisionName
+from edgellm_buildhost.recipe import QuantName
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -44,7 +44,7 @@ def worker_memory(inputs: Inputs) -> list[Row]:
     """From before the load of the engine to the last token, for each kind of load."""
     return [
         _measure(inputs, inputs.engine(precision), load)
-        for precision in (PrecisionName.INT4, PrecisionName.INT8)
+        for precision in (QuantName.INT4, QuantName.INT8)
         for load in LOADS
     ]
 

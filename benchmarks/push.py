@@ -11,7 +11,7 @@ from benchmarks.agent import running_agent
 from benchmarks.inputs import Inputs
 from benchmarks.report import TIMES, Bound, Row
 from benchmarks.timing import take_turns
-from edgellm_buildhost.recipe import PrecisionName
+from edgellm_buildhost.recipe import QuantName
 
 # The kernel writes to the disk for both sides, in threads of its own.
 _WRITEBACK_CORES = 0.5
@@ -19,7 +19,7 @@ _WRITEBACK_CORES = 0.5
 
 def push_rate(inputs: Inputs) -> list[Row]:
     """Activation is not part of it; both sides write to the same file system."""
-    engine = inputs.engine(PrecisionName.INT4)
+    engine = inputs.engine(QuantName.INT4)
     digest = engine.variant.digest
     blobs = [engine.bundle.blob_path(blob.digest) for blob in engine.variant.manifest.blobs()]
     size_bytes = sum(path.stat().st_size for path in blobs)

@@ -28,7 +28,7 @@ from benchmarks.serving_load import (
 )
 from benchmarks.serving_peers import CONTEXT_TOKENS, SEQUENCES, Rival, Weights, device, peers_of
 from edgellm.bench import Distribution, PromptSource, Record, summarize
-from edgellm_buildhost.recipe import PrecisionName
+from edgellm_buildhost.recipe import QuantName
 
 # Clients, and the requests that they send together.
 _LOADS = ((1, 3), (4, 8), (8, 16))
@@ -39,12 +39,12 @@ _CHAT_BOX_S = 60.0
 
 def int8(inputs: Inputs) -> list[Row | Skipped]:
     """INT8 beside 8-bit peers."""
-    return _contest("serving-int8", inputs, PrecisionName.INT8)
+    return _contest("serving-int8", inputs, QuantName.INT8)
 
 
 def int4(inputs: Inputs) -> list[Row | Skipped]:
     """INT4 beside 4-bit peers."""
-    return _contest("serving-int4", inputs, PrecisionName.INT4)
+    return _contest("serving-int4", inputs, QuantName.INT4)
 
 
 @contextlib.contextmanager
@@ -58,7 +58,7 @@ def our_agent(inputs: Inputs, engine: BuiltEngine, **settings: object) -> Iterat
         yield device(agent.target)
 
 
-def _contest(benchmark: str, inputs: Inputs, precision: PrecisionName) -> list[Row | Skipped]:
+def _contest(benchmark: str, inputs: Inputs, precision: QuantName) -> list[Row | Skipped]:
     engine = inputs.engine(precision)
     skipped: list[Row | Skipped] = []
     with contextlib.ExitStack() as stack:
@@ -81,7 +81,7 @@ class _Contest:
 
     benchmark: str
     inputs: Inputs
-    precision: PrecisionName
+    precision: QuantName
     rivals: list[Rival]
 
     def load(self, source: PromptSource, clients: int, requests: int) -> list[Row | Skipped]:
@@ -172,7 +172,7 @@ def _by_turn(runs: Sequence[Sequence[float]]) -> str:
 
 
 def _qualities(
-    benchmark: str, inputs: Inputs, engine: BuiltEngine, precision: PrecisionName, weights: Sequence[Weights]
+    benchmark: str, inputs: Inputs, engine: BuiltEngine, precision: QuantName, weights: Sequence[Weights]
 ) -> list[Row]:
     """Perplexity beside each kind of weights among the peers."""
     text = engine.text()

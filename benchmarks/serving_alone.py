@@ -16,9 +16,9 @@ from benchmarks.serving_peers import Rival, peers_of
 from edgellm.bench import Interference, PromptSource, Request, Target, interference
 from edgellm.client import Message
 from edgellm.errors import EdgellmError
-from edgellm_buildhost.recipe import PrecisionName
+from edgellm_buildhost.recipe import QuantName
 
-_PRECISIONS = (PrecisionName.INT8, PrecisionName.INT4)
+_PRECISIONS = (QuantName.INT8, QuantName.INT4)
 _LOOKUP_BOX_S = 25.0
 _LOOKUP_TEXT_TOKENS, _LOOKUP_ANSWER_TOKENS = 200, 160
 _STREAMS = 3
@@ -46,7 +46,7 @@ def cached_prefix(inputs: Inputs) -> list[Row]:
     return [_prefix_row(inputs, precision) for precision in _PRECISIONS]
 
 
-def _lookup_row(inputs: Inputs, precision: PrecisionName) -> Row:
+def _lookup_row(inputs: Inputs, precision: QuantName) -> Row:
     engine = inputs.engine(precision)
     texts = engine.prompts(16, _LOOKUP_TEXT_TOKENS)
 
@@ -78,7 +78,7 @@ def _quoting(text: str) -> Request:
     return Request((Message("user", asked),), _LOOKUP_ANSWER_TOKENS)
 
 
-def _interference_rows(inputs: Inputs, precision: PrecisionName) -> list[Row | Skipped]:
+def _interference_rows(inputs: Inputs, precision: QuantName) -> list[Row | Skipped]:
     engine = inputs.engine(precision)
     rounds = _INTERFERENCE_ROUNDS if inputs.rounds >= FEW_ROUNDS else 1
     with our_agent(inputs, engine) as ours:
@@ -114,9 +114,7 @@ def _interference(rival: Rival, source: PromptSource, rounds: int) -> Interferen
     return ask_all(rival, work)
 
 
-def _worded(
-    precision: PrecisionName, ours: Interference, theirs: Interference | None, peer: str
-) -> list[Row]:
+def _worded(precision: QuantName, ours: Interference, theirs: Interference | None, peer: str) -> list[Row]:
     calm, during = _p99s(ours)
     alone, beside = _ttfts(ours)
     settings = f"{_STREAMS} streams, prompt of {ours.avg_input_tokens:.0f} tokens, {ours.rounds} rounds"
@@ -161,7 +159,7 @@ def _ttfts(found: Interference) -> tuple[float, float]:
     return alone.p50, beside.p50
 
 
-def _prefix_row(inputs: Inputs, precision: PrecisionName) -> Row:
+def _prefix_row(inputs: Inputs, precision: QuantName) -> Row:
     engine = inputs.engine(precision)
     with our_agent(inputs, engine) as ours:
         source = prompts_for(ours)

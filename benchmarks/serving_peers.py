@@ -27,15 +27,15 @@ from benchmarks.openai_target import OpenAITarget
 from benchmarks.peer_weights import peer_weights
 from edgellm.bench import DeviceTarget, Target
 from edgellm.client import AsyncClient
-from edgellm_buildhost.recipe import PrecisionName
+from edgellm_buildhost.recipe import QuantName
 
 CONTEXT_TOKENS = 4096
 SEQUENCES = 8
 _START_S = 60.0
 _STOP_S = 10.0
 # The fastest of each precision; a slower 4-bit type of better quality would be an easier opponent.
-_GGUF = {PrecisionName.INT8: "Q8_0", PrecisionName.INT4: "Q4_0"}
-_GENAI = {PrecisionName.INT8: "int8", PrecisionName.INT4: "int4"}
+_GGUF = {QuantName.INT8: "Q8_0", QuantName.INT4: "Q4_0"}
+_GENAI = {QuantName.INT8: "int8", QuantName.INT4: "int4"}
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Peer:
             yield Rival(self.name, lambda: OpenAITarget(url, "model", extra=self.extra), self.weights)
 
 
-def peers_of(precision: PrecisionName, end_ids: Sequence[int]) -> list[Peer]:
+def peers_of(precision: QuantName, end_ids: Sequence[int]) -> list[Peer]:
     """All of a precision, installed or not; `end_ids` are what would end an answer early."""
     gguf, genai = _gguf(_GGUF[precision]), _genai(_GENAI[precision])
     return [

@@ -12,14 +12,14 @@ from benchmarks.inputs import Inputs
 from benchmarks.report import Bound, Row
 from edgellm.client import Client
 from edgellm.errors import EdgellmError
-from edgellm_buildhost.recipe import PrecisionName
+from edgellm_buildhost.recipe import QuantName
 
 _LONGEST_S = 60.0
 
 
 def start(inputs: Inputs) -> list[Row]:
     """From exec, with the files in the page cache; every byte is hashed before the engine is loaded."""
-    engine = inputs.engine(PrecisionName.INT8)
+    engine = inputs.engine(QuantName.INT8)
     agent_s, engine_s = [], []
     with tempfile.TemporaryDirectory(prefix="start-", dir=inputs.cache) as state:
         settings = {"state_dir": state, "lifecycle": {"probation_s": 0}}

@@ -65,7 +65,8 @@ fi
 
 # onnxruntime-genai builds its model once, and only for that needs torch: 0.2 GB for CPUs, many times that
 # otherwise. BENCH_TORCH says what pip gets for it, for example a wheel; without it, genai's rows are skipped.
+# ModelOpt needs it too, and accelerate and requests, which it does not ask for.
 if [ -n "${BENCH_TORCH:-}" ]; then
     # shellcheck disable=SC2086
-    pip $BENCH_TORCH transformers==5.18.0
+    pip $BENCH_TORCH transformers==5.18.0 nvidia-modelopt==0.47.0 accelerate requests
 fi
