@@ -31,9 +31,14 @@ pytestmark = pytest.mark.skipif(find_mosquitto() is None, reason="mosquitto is n
 _WAIT_S = 30.0
 
 
+# As the documentation asks for: by default mosquitto keeps 1,000 messages for a receiver that is away, and
+# drops those behind them. On a busy machine that many come together here.
+_NO_BOUND = "allow_anonymous true\npersistence false\nmax_queued_messages 0"
+
+
 @pytest.fixture
 def broker() -> Iterator[Broker]:
-    with running_broker("mosquitto") as running:
+    with running_broker("mosquitto", _NO_BOUND) as running:
         yield running
 
 
