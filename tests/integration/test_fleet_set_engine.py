@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -105,12 +106,23 @@ def test_each_device_s_generation_is_above_all_that_it_has_seen(broker: Broker):
 
 def test_of_two_operators_at_once_the_one_whom_the_device_does_not_follow_is_told(broker: Broker):
     settings = BrokerSettings(broker=f"mqtt://{broker.host}:{broker.port}")
-    with SimulatedDevice(broker, "a"), Controller(settings) as one, Controller(settings) as other:
+    both_are_set = threading.Event()
+
+    def obey_at_last(desired: fleet_pb2.Desired) -> Sequence[fleet_pb2.Reported]:
+        assert both_are_set.wait(20)
+        return a.obey(desired)
+
+    with SimulatedDevice(broker, "a") as a, Controller(settings) as one, Controller(settings) as other:
+        a.answer = obey_at_last
         first = plan(one.twins(), lambda _: ENGINE, SOURCE)
         second = plan(other.twins(), lambda _: NEXT_ENGINE, SOURCE)
         assert first[0].desired.generation == second[0].desired.generation
         one.publish(first)
         other.publish(second)
+        assert [twin.desired.engine for twin in one.twins()] == [NEXT_ENGINE]
+        # The broker keeps the second wish, and nobody knows yet which one the device took.
+        assert [item.phase for item in next(one.follow(first, 0))] == ["WAITING"]
+        both_are_set.set()
         ((winner,), (loser,)) = ([*one.follow(first, 20)][-1], [*other.follow(second, 20)][-1])
     assert (winner.phase, loser.phase) == ("CONVERGED", "REPLACED")
     assert ENGINE in loser.detail

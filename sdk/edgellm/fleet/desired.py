@@ -41,8 +41,6 @@ class Twin:
     state: fleet_pb2.DeviceState = field(default_factory=fleet_pb2.DeviceState)
     reported: fleet_pb2.Reported = field(default_factory=fleet_pb2.Reported)
     desired: fleet_pb2.Desired = field(default_factory=fleet_pb2.Desired)
-    # Of the event that carries `desired`: tells our own from another operator's of the same generation.
-    desired_id: str = ""
 
     @property
     def next_generation(self) -> int:
@@ -52,11 +50,10 @@ class Twin:
 
 @dataclass(frozen=True)
 class Assignment:
-    """An engine for one device; `event_id` names this very wish."""
+    """An engine for one device."""
 
     topics: DeviceTopics
     desired: fleet_pb2.Desired
-    event_id: str
 
 
 @dataclass(frozen=True)
@@ -102,9 +99,7 @@ def plan(twins: Sequence[Twin], engine_for: Callable[[Twin], str], source: str) 
                 "write sha256: and 64 lower-case hexadecimal digits, or name a bundle's directory",
             )
         desired = fleet_pb2.Desired(generation=twin.next_generation, engine=engine, source=source)
-        # Two operators may choose one generation at once: the id must tell their wishes apart.
-        event_id = f"desired-{desired.generation}-{uuid.uuid4().hex[:12]}"
-        assignments.append(Assignment(twin.topics, desired, event_id))
+        assignments.append(Assignment(twin.topics, desired))
     return assignments
 
 
@@ -225,9 +220,9 @@ class Controller:
             return Progress(item.topics, "REPLACED", f"the device follows another operator's {seen}")
         if report.observed_generation == generation and report.phase not in {"", "NONE"}:
             return Progress(item.topics, report.phase, _why(report), report.fetched_bytes, report.total_bytes)
-        if wish.generation > generation or (
-            wish.generation == generation and twin.desired_id != item.event_id
-        ):
+        # Of two wishes of one generation the device follows the one that reaches it first, which need not
+        # be the one that the broker keeps: only its report tells.
+        if wish.generation > generation:
             seen = f"generation {wish.generation}, {wish.engine}"
             return Progress(item.topics, "REPLACED", f"another operator set {seen}")
         return Progress(item.topics, "WAITING" if twin.state.online else "OFFLINE")
@@ -249,14 +244,18 @@ class Controller:
             elif incoming.part == "reported":
                 twin.reported = event.reported
             else:
-                twin.desired, twin.desired_id = event.desired, event.id
+                twin.desired = event.desired
             self._changed_s = time.monotonic()
             self._changed.notify_all()
 
 
 def _event(tenant: str, item: Assignment) -> fleet_pb2.Event:
     event = fleet_pb2.Event(
-        id=item.event_id, source=f"edgellm/{tenant}/fleet", type="edgellm.desired.v1", desired=item.desired
+        # Two operators may choose one generation at once: the id must tell their wishes apart.
+        id=f"desired-{item.desired.generation}-{uuid.uuid4().hex[:12]}",
+        source=f"edgellm/{tenant}/fleet",
+        type="edgellm.desired.v1",
+        desired=item.desired,
     )
     event.time.FromNanoseconds(time.time_ns())
     return event
