@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import math
 import shutil
 import subprocess
 import sys
@@ -12,9 +10,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors.numpy import save_file
-
-from edgellm_buildhost.architecture import Architecture, tensor_shapes
+from benchmarks.hugging_face import shards, write_settings, write_weights
 from edgellm_buildhost.checkpoint import Checkpoint, open_checkpoint
 
 # The builder's options. Without any it rounds to nearest in groups of 32: its fastest 4-bit type.
@@ -36,7 +32,7 @@ def genai_weights(model: Path, names: Sequence[str], folder: Path) -> dict[str, 
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             source = Path(scratch) / "float32"
-            _write_hugging_face(open_checkpoint(model), source)
+            _write_floats(open_checkpoint(model), source)
             for name in missing:
                 _build(source, paths[name], RECIPES[name], Path(scratch))
     return paths
@@ -54,46 +50,10 @@ def _build(source: Path, target: Path, recipe: Sequence[str], scratch: Path) -> 
     shutil.move(partial, target)
 
 
-def _write_hugging_face(checkpoint: Checkpoint, folder: Path) -> None:
-    """The layout that the builder reads: configuration, tokenizer, weights."""
-    folder.mkdir()
-    names = tensor_shapes(checkpoint.architecture)
-    weights = {name: checkpoint.tensor(name) for name in names}
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    tokenizer = checkpoint.tokenizer
-    (folder / "config.json").write_text(json.dumps(_config(checkpoint)), "utf-8")
-    (folder / "tokenizer.json").write_bytes(tokenizer.tokenizer_json)
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": tokenizer.chat_template}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings), "utf-8")
-
-
-def _config(checkpoint: Checkpoint) -> dict[str, object]:
+def _write_floats(checkpoint: Checkpoint, folder: Path) -> None:
+    """The layout that the builder reads."""
     shape = checkpoint.architecture
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_act": "silu",
-        "hidden_size": shape.hidden_size,
-        "intermediate_size": shape.ffn_size,
-        "num_hidden_layers": shape.layers,
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.kv_heads,
-        "head_dim": shape.head_dim,
-        "vocab_size": shape.vocab_size,
-        "max_position_embeddings": shape.context_length,
-        "rms_norm_eps": shape.rms_epsilon,
-        "rope_theta": _rope_theta(shape),
-        "tie_word_embeddings": shape.tied_embedding,
-        "torch_dtype": "float32",
-        "bos_token_id": checkpoint.tokenizer.bos_id,
-        "eos_token_id": list(checkpoint.tokenizer.eos_ids),
-    }
-
-
-def _rope_theta(shape: Architecture) -> float:
-    """The base of plain rotary frequencies; raises RuntimeError where they are scaled."""
-    frequencies, pairs = shape.attention[0].inverse_frequencies, shape.head_dim // 2
-    theta = round(frequencies[1] ** -pairs, 3)
-    if not math.isclose(frequencies[-1], theta ** (-(pairs - 1) / pairs), rel_tol=1e-6):
-        raise RuntimeError("scaled rotary frequencies are not written for it")
-    return theta
+    parts = shards(shape)
+    floats = ({name: checkpoint.tensor(name) for name in part} for part in parts)
+    write_weights(folder, floats, len(parts))
+    write_settings(folder, shape, checkpoint.tokenizer, "float32")

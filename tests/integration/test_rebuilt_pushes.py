@@ -20,6 +20,7 @@ from edgellm_agent.trust.settings import TrustSettings
 from edgellm_buildhost import provenance
 from edgellm_buildhost.quality.attestation import envelope as quality_envelope
 from tests.support.desired_device import make_manager
+from tests.support.quality_reports import GOOD
 from tests.support.signing import DAY_S, NOW_S, Signer, release_envelope
 from tests.support.tiny_bundle import make_config, make_files
 
@@ -28,23 +29,6 @@ SIGNER = Signer.make()
 OTHER = Signer.make("other")
 FIRST_BUILD_S = NOW_S - 10 * DAY_S
 SOURCES = provenance.Sources("tiny", {"model.safetensors": "sha256:" + "ab" * 32})
-REPORT = {
-    "schema_version": 1,
-    "text": {"name": "a text", "sha256": "ab" * 32},
-    "windows": 16,
-    "window_tokens": 256,
-    "tokens": 4080,
-    "reference": "float",
-    "perplexity": 13.65,
-    "float_perplexity": 13.0,
-    "perplexity_increase": 0.05,
-    "perplexity_increase_stderr": 0.004,
-    "kl_divergence": 0.0312,
-    "kl_divergence_p99": 0.31,
-    "top1_agreement": 0.912,
-    "runtime": {"name": "onnxruntime", "version": "1.32.0"},
-    "seconds": 1.0,
-}
 
 
 class BuildHost:
@@ -59,7 +43,7 @@ class BuildHost:
         with BundleWriter(self.root / "engine.bundle") as writer:
             digest = writer.add(make_files(files, b"weights"), make_config())
             writer.attest(digest, provenance.envelope("tiny-int4", digest, SOURCES, {}, now_s))
-            report = QualityReport.checked({**REPORT, "seconds": now_s - FIRST_BUILD_S})
+            report = QualityReport.checked({**GOOD, "seconds": now_s - FIRST_BUILD_S})
             writer.attest(digest, quality_envelope("tiny-int4", digest, report))
         shutil.rmtree(files)
         return Bundle.open(self.root / "engine.bundle")

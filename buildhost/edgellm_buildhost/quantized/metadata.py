@@ -46,7 +46,7 @@ def model_config(source: Checkpoint, table_type: str) -> dict[str, Any]:
     Of a multimodal model it is that of its language model, whose weights alone are written.
     """
     if source.directory is None:
-        return _made_from(source) | {"torch_dtype": table_type}
+        return made_config(source.name, source.architecture, source.tokenizer) | {"torch_dtype": table_type}
     config: dict[str, Any] = json.loads((source.directory / CONFIG_FILE).read_text(encoding="utf-8"))
     config.pop(QUANTIZATION, None)
     config.pop("dtype", None)
@@ -75,7 +75,11 @@ def write_metadata(directory: Path, source: Checkpoint, config: Mapping[str, Any
             if (source.directory / name).is_file():
                 shutil.copyfile(source.directory / name, directory / name)
         return
-    tokens = source.tokenizer
+    write_tokenizer(directory, source.tokenizer)
+
+
+def write_tokenizer(directory: Path, tokens: TokenizerFiles) -> None:
+    """Write the files that say how text becomes tokens, and where an answer ends."""
     generation = {"bos_token_id": tokens.bos_id, "eos_token_id": list(tokens.eos_ids)}
     write_json(
         directory / GENERATION_FILE, {key: value for key, value in generation.items() if value is not None}
@@ -91,11 +95,11 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _made_from(source: Checkpoint) -> dict[str, Any]:
-    shape = source.architecture
+def made_config(name: str, shape: Architecture, tokens: TokenizerFiles) -> dict[str, Any]:
+    """The config.json of a model that has none; raises BuildError for what is not of the Llama family."""
     if shape.family != "llama":
         raise BuildError(
-            f"{source.name}: a config.json cannot be made from a GGUF file of the family {shape.family}",
+            f"{name}: a config.json cannot be made from a GGUF file of the family {shape.family}",
             "give the Hugging Face directory of the model",
         )
     return {
@@ -111,12 +115,12 @@ def _made_from(source: Checkpoint) -> dict[str, Any]:
         "vocab_size": shape.vocab_size,
         "max_position_embeddings": shape.context_length,
         "rms_norm_eps": shape.rms_epsilon,
-        **_rotation(source.name, shape),
+        **_rotation(name, shape),
         "attention_bias": bool(shape.biases),
         "mlp_bias": False,
         "tie_word_embeddings": shape.tied_embedding,
-        "bos_token_id": source.tokenizer.bos_id,
-        "eos_token_id": list(source.tokenizer.eos_ids),
+        "bos_token_id": tokens.bos_id,
+        "eos_token_id": list(tokens.eos_ids),
     }
 
 

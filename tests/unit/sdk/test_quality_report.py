@@ -24,27 +24,10 @@ from edgellm.signing.statements import PROVENANCE_TYPE, QUALITY_TYPE
 from edgellm_agent.errors import UntrustedError
 from edgellm_agent.trust.policy import DeviceTrust
 from edgellm_agent.trust.settings import TrustSettings
+from tests.support.quality_reports import GOOD
 from tests.support.signing import NOW_S, Signer
 from tests.support.tiny_bundle import make_config
 
-GOOD = {
-    "schema_version": 1,
-    "text": {"name": "the Python language reference", "sha256": "ab" * 32},
-    "windows": 16,
-    "window_tokens": 256,
-    "tokens": 4080,
-    "reference": "float",
-    "perplexity": 13.65,
-    "float_perplexity": 13.0,
-    "perplexity_increase": 0.05,
-    "perplexity_increase_stderr": 0.004,
-    "kl_divergence": 0.0312,
-    "kl_divergence_p99": 0.31,
-    "top1_agreement": 0.912,
-    "runtime": {"name": "onnxruntime", "version": "1.32.0"},
-    "calibration": {"method": "int4-awq", "sha256": "cd" * 32},
-    "seconds": 21.4,
-}
 ENGINE = "sha256:" + "ab" * 32
 SIGNER = Signer.make("ci")
 
